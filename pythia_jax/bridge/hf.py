@@ -1,0 +1,357 @@
+"""Hugging Face folders in and out: safetensors, config, generation config, tokenizer.
+
+Tensor names, orientation and layer numbering come from the table of parameters. Reading and
+writing go one tensor at a time.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import traverse_util
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pythia_jax.bridge.model import Model
+from pythia_jax.configs import ConfigError, ModelConfig
+from pythia_jax.model.parameters import TABLE, Parameter, Params
+from pythia_jax.model.parameters import items as parameter_items
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+_BUFFER = re.compile(r"attention\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
+"""Buffers of old transformers releases, stored beside the weights."""
+
+
+class CheckpointError(ValueError):
+    """Weights that are missing, misshapen or unreadable: the message names them all."""
+
+
+def is_hf_folder(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The model that a `config.json` describes, in any of the forms transformers has written.
+
+    Raises ConfigError for another architecture or a value this model cannot take.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder}: no config.json; is this a Hugging Face folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if raw.get("model_type") != "gpt_neox":
+        raise ConfigError(
+            f"{path}: model_type is {raw.get('model_type')!r}; only 'gpt_neox' is known here"
+        )
+    if raw.get("tie_word_embeddings"):
+        raise ConfigError(f"{path}: tie_word_embeddings is true; Pythia's embeddings are not tied")
+    if raw.get("attention_bias") is False:
+        raise ConfigError(f"{path}: attention_bias is false; this model has attention biases")
+    # transformers 5 nests the rotary fields, 4.4x wrote them flat under new names.
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ConfigError(f"{path}: rotary scaling {kind!r} is not supported")
+
+    def first(*candidates: Any) -> Any:
+        return next((value for value in candidates if value is not None), None)
+
+    rotary_pct = first(
+        raw.get("rotary_pct"), rope.get("partial_rotary_factor"), raw.get("partial_rotary_factor")
+    )
+    base = first(raw.get("rotary_emb_base"), rope.get("rope_theta"), raw.get("rope_theta"))
+    try:
+        return ModelConfig(
+            hidden_size=raw["hidden_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=raw["num_attention_heads"],
+            vocab_size=raw["vocab_size"],
+            intermediate_size=raw.get("intermediate_size", -1),
+            max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            rotary_pct=0.25 if rotary_pct is None else float(rotary_pct),
+            rotary_emb_base=10000.0 if base is None else float(base),
+            layer_norm_eps=float(raw.get("layer_norm_eps", 1e-5)),
+            hidden_act=raw.get("hidden_act", "gelu"),
+            use_parallel_residual=raw.get("use_parallel_residual", True),
+        )
+    except KeyError as error:
+        raise ConfigError(f"{path}: {error.args[0]} is missing") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def config_json(config: ModelConfig, dtype: str, eod: int) -> dict[str, Any]:
+    """`config.json` with both the old and the new names of the rotary and dtype fields."""
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+        "rotary_pct": config.rotary_pct,
+        "rotary_emb_base": config.rotary_emb_base,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": config.rotary_emb_base,
+            "partial_rotary_factor": config.rotary_pct,
+        },
+        "use_parallel_residual": config.use_parallel_residual,
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "classifier_dropout": 0.1,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": eod,
+        "eos_token_id": eod,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }
+
+
+def tensors(params: Params, dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor's Hugging Face name and value, in torch's orientation, one at a time."""
+    for parameter, array in parameter_items(params):
+        if not parameter.stacked:
+            yield parameter.hf, _to_torch(parameter, array, dtype)
+            continue
+        for layer in range(array.shape[0]):
+            yield parameter.hf.format(layer=layer), _to_torch(parameter, array[layer], dtype)
+
+
+def _to_torch(parameter: Parameter, array: Any, dtype: np.dtype | None) -> np.ndarray:
+    value = np.asarray(array)
+    if dtype is not None:
+        value = value.astype(dtype)
+    return np.ascontiguousarray(value.T if parameter.transposed else value)
+
+
+def load(folder: Path, dtype: DTypeLike = jnp.float32) -> Model:
+    """A model from a folder as `transformers` writes it (safetensors, whole or sharded).
+
+    Raises ConfigError for the config and CheckpointError, which names every missing, surplus or
+    wrongly shaped tensor, for the weights.
+    """
+    config = read_config(folder)
+    files = _weight_files(folder)
+    with ExitStack() as stack:
+        slices, dtypes = {}, set()
+        for path, names in files.items():
+            try:
+                handle = stack.enter_context(safe_open(path, framework="numpy"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
+            stored = set(handle.keys())
+            absent = sorted(set(names or ()) - stored)
+            if absent:
+                raise CheckpointError(f"{path}: the index promises {absent[0]}, which is not in it")
+            for name in names or stored:
+                slices[_canonical(name)] = (handle, name)
+        _check_names(folder, config, slices)
+        for handle, name in slices.values():
+            dtypes.add(handle.get_slice(name).get_dtype())
+        flat = {p.path: _read(p, config, slices, jnp.dtype(dtype)) for p in TABLE}
+    return Model(
+        params=traverse_util.unflatten_dict(flat, sep="/"),
+        config=config,
+        tokenizer_files=_read_tokenizer_files(folder),
+        stored_dtype=_stored_dtype(dtypes),
+        source=str(folder),
+    )
+
+
+def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """Safetensors files and the tensors that the index, where there is one, says are in each."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return {whole: None}
+    if not index.is_file():
+        raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+    try:
+        weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from None
+    files: dict[Path, list[str] | None] = {}
+    for name, file in weight_map.items():
+        names = files.setdefault(folder / file, [])
+        assert names is not None
+        names.append(name)
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise CheckpointError(f"{index}: shards that are not there: {', '.join(missing)}")
+    return files
+
+
+def _canonical(name: str) -> str:
+    # transformers 5 calls the unembedding lm_head in memory, embed_out in its files.
+    return "embed_out.weight" if name == "lm_head.weight" else name
+
+
+def _check_names(folder: Path, config: ModelConfig, slices: dict) -> None:
+    for name in [name for name in slices if _BUFFER.search(name)]:
+        del slices[name]
+    problems = []
+    expected: dict[str, tuple[int, ...]] = {}
+    for parameter in TABLE:
+        shape = parameter.shape(config)[int(parameter.stacked) :]
+        shape = shape[::-1] if parameter.transposed else shape
+        expected.update(dict.fromkeys(parameter.hf_names(config), shape))
+    for label, names in (
+        ("missing", expected.keys() - slices.keys()),
+        ("surplus", slices.keys() - expected.keys()),
+    ):
+        if names:
+            shown = sorted(names)
+            more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
+            problems.append(f"{label}: {', '.join(shown[:8])}{more}")
+    for name in sorted(expected.keys() & slices.keys()):
+        handle, stored = slices[name]
+        shape = tuple(handle.get_slice(stored).get_shape())
+        if shape != expected[name]:
+            problems.append(f"{name} has shape {shape}, config.json wants {expected[name]}")
+    if problems:
+        raise CheckpointError(
+            f"{folder}: the weights do not fit config.json: {'; '.join(problems)}"
+        )
+
+
+def _read(parameter: Parameter, config: ModelConfig, slices: dict, dtype: np.dtype) -> Any:
+    """One row of the table, its layers stacked, in our orientation and dtype."""
+    out = np.empty(parameter.shape(config), dtype)
+    for layer, name in enumerate(parameter.hf_names(config)):
+        handle, stored = slices[name]
+        value = handle.get_tensor(stored)
+        target = out[layer] if parameter.stacked else out
+        target[...] = value.T if parameter.transposed else value
+    return jnp.asarray(out)
+
+
+def _stored_dtype(found: set[str]) -> str:
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    if len(found) == 1:
+        return names.get(found.copy().pop(), "float32")
+    return "float32"
+
+
+def _read_tokenizer_files(folder: Path) -> dict[str, bytes]:
+    paths = [folder / name for name in TOKENIZER_FILES]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def save(
+    model: Model, folder: Path, *, dtype: str | None = None, max_shard_size: int | None = None
+) -> None:
+    """Write a folder that `transformers` loads: weights, config, generation config, tokenizer.
+
+    dtype: `float32`, `float16` or `bfloat16`; None keeps the one the weights were stored in.
+    max_shard_size: bytes; more weights than that are cut into shards with an index.
+
+    Written beside the target first and moved there whole. Raises ValueError for an unknown dtype
+    and FileExistsError if something that is no model lies at `folder`.
+    """
+    dtype = dtype or model.stored_dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if folder.exists() and any(folder.iterdir()) and not is_hf_folder(folder):
+        raise FileExistsError(f"{folder} holds something that is not a model; choose another place")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        _write_weights(model, partial, dtype, max_shard_size)
+        _write_json(partial / "config.json", config_json(model.config, dtype, model.eod))
+        generation = {"bos_token_id": model.eod, "eos_token_id": model.eod, "use_cache": True}
+        _write_json(partial / "generation_config.json", generation)
+        for name, content in tokenizer_files(model).items():
+            (partial / name).write_bytes(content)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def tokenizer_files(model: Model) -> dict[str, bytes]:
+    """The tokenizer's files: those it came with, the rest as the hub has them for Pythia."""
+    files = dict(model.tokenizer_files)
+    if "tokenizer.json" not in files:
+        return files
+    end = "<|endoftext|>"
+    if model.tokenizer is None or model.tokenizer.token_to_id(end) is None:
+        return files
+    special = {"bos_token": end, "eos_token": end, "unk_token": end}
+    config = {
+        "add_prefix_space": False,
+        **special,
+        "tokenizer_class": "GPTNeoXTokenizer",
+        "model_max_length": model.config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    files.setdefault("tokenizer_config.json", _json_bytes(config))
+    files.setdefault("special_tokens_map.json", _json_bytes(special))
+    return files
+
+
+def _write_weights(model: Model, folder: Path, dtype: str, max_shard_size: int | None) -> None:
+    """Greedy shards in the table's order; only the tensors of one shard are in memory."""
+    width = DTYPES[dtype].itemsize
+    total = sum(array.size for _, array in parameter_items(model.params)) * width
+    limit = max_shard_size or total
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    size = 0
+
+    def flush() -> None:
+        nonlocal pending, size
+        metadata = {"format": "pt"}
+        save_file(pending, folder / f"shard-{len(shards)}.safetensors", metadata=metadata)
+        shards.append(list(pending))
+        pending, size = {}, 0
+
+    for name, value in tensors(model.params, DTYPES[dtype]):
+        if pending and size + value.nbytes > limit:
+            flush()
+        pending[name] = value
+        size += value.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{i}.safetensors").rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_bytes(_json_bytes(value))

@@ -1,0 +1,36 @@
+"""`Model`: parameters, the function they belong to, and a tokenizer, from whatever they came."""
+
+import functools
+from dataclasses import dataclass, field
+
+from tokenizers import Tokenizer
+
+from pythia_jax.configs import ModelConfig
+from pythia_jax.model.parameters import Params
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded model.
+
+    stored_dtype: what the weights were stored in; exports keep it unless told otherwise.
+    tokenizer_files: the tokenizer's files by name, byte for byte. source: where it came from.
+    """
+
+    params: Params
+    config: ModelConfig
+    tokenizer_files: dict[str, bytes] = field(default_factory=dict, repr=False)
+    stored_dtype: str = "float32"
+    source: str = ""
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, or None if it came without."""
+        content = self.tokenizer_files.get("tokenizer.json")
+        return None if content is None else Tokenizer.from_buffer(content)
+
+    @property
+    def eod(self) -> int:
+        """Id of the end of a document: `<|endoftext|>`, 0 in every Pythia."""
+        known = None if self.tokenizer is None else self.tokenizer.token_to_id("<|endoftext|>")
+        return 0 if known is None else known

@@ -1,0 +1,142 @@
+"""Causal self-attention: rotary embedding, the kernels and the chooser.
+
+Both kernels here are plain JAX with no derivative rule of their own, so that derivatives of any
+order and either mode go through them. `xla` works through blocks of queries, each against the
+keys it can see, and recomputes scores in the backward pass: no more than one block's scores exist
+at a time. `einsum` holds all scores, which the sites `attn.scores` and `attn.pattern` need.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pythia_jax.configs import ModelConfig, Runtime
+from pythia_jax.model.sites import MATERIALISED
+
+log = logging.getLogger(__name__)
+
+Queries = Float[Array, "batch seq heads head"]
+Kernel = Callable[..., Float[Array, "batch seq heads head"]]
+
+
+@functools.cache
+def rotary_table(rotary_size: int, base: float, positions: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines, float32 `[positions, rotary_size // 2]`, of RoFormer's angles (sec. 3.2).
+
+    Angles are position x base^(-2i / rotary_size), rounded step by step as torch rounds them:
+    the power is taken in float64, its reciprocal and everything after in float32. NumPy in
+    float32 throughout differs by one unit in the last place of a frequency, which 2048 positions
+    turn into 6e-5.
+    """
+    exponent = np.arange(0, rotary_size, 2, dtype=np.float32) / np.float32(rotary_size)
+    inverse_frequency = np.float32(1) / np.float32(base ** exponent.astype(np.float64))
+    angle = np.outer(np.arange(positions, dtype=np.float32), inverse_frequency)
+    return np.cos(angle), np.sin(angle)
+
+
+def rotate(
+    x: Queries, positions: jax.Array | np.ndarray, config: ModelConfig
+) -> Float[Array, "batch seq heads head"]:
+    """Rotate the first `rotary_size` dimensions of each head, halves against halves (GPT-NeoX).
+
+    positions: integers, `[seq]` or `[batch, seq]`.
+    """
+    size = config.rotary_size
+    if size == 0:
+        return x
+    table = rotary_table(size, config.rotary_emb_base, config.max_position_embeddings)
+    # Angles stay float32 (or wider), whatever the compute dtype.
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    cos, sin = (jnp.asarray(t, wide)[positions][..., None, :] for t in table)
+    first, second, rest = jnp.split(x, [size // 2, size], axis=-1)
+    first, second = first.astype(wide), second.astype(wide)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*(r.astype(x.dtype) for r in rotated), rest], axis=-1)
+
+
+def choose(runtime: Runtime, sites: set[str]) -> str:
+    """The kernel for this runtime: its name, `xla` or `einsum`.
+
+    Raises ValueError if a kernel was asked for by name that cannot serve the sites in use.
+    """
+    needed = [site for site in MATERIALISED if site in sites]
+    if runtime.attention == "auto":
+        if needed:
+            log.info("attention: einsum, since %s must be held in memory", " and ".join(needed))
+        return "einsum" if needed else "xla"
+    if needed and runtime.attention != "einsum":
+        raise ValueError(
+            f"attention kernel {runtime.attention!r} never holds {' or '.join(needed)}; "
+            "ask for 'einsum' or 'auto' to use these sites"
+        )
+    return runtime.attention
+
+
+def attend(q: Queries, k: Queries, v: Queries, kernel: str, hooks: Callable) -> Queries:
+    """Causal softmax attention, scaled by 1/sqrt(head): `[batch, seq, heads, head]` each."""
+    q = q * (q.shape[-1] ** -0.5)
+    if kernel == "einsum":
+        return _einsum_attention(q, k, v, hooks)
+    return _blockwise_attention(q, k, v)
+
+
+def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Unnormalised exponentials and their sums, both at least float32."""
+    scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
+    # The shift cancels in the quotient, in every derivative too.
+    peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - peak)
+    return weights, weights.sum(axis=-1, keepdims=True)
+
+
+def _einsum_attention(q: Queries, k: Queries, v: Queries, hooks: Callable) -> Queries:
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide, precision=exact(q))
+    seq = q.shape[1]
+    visible = np.tril(np.ones((seq, seq), bool))
+    scores = hooks("attn.scores", jnp.where(visible, scores, jnp.finfo(wide).min))
+    pattern = hooks("attn.pattern", jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", pattern, v, precision=exact(q))
+
+
+BLOCKS = 8
+"""Query blocks a sequence is cut into. More skip more of the masked half (44 % of it at 8), and
+add more pieces to the gradients of keys and values."""
+
+
+def _blockwise_attention(q: Queries, k: Queries, v: Queries) -> Queries:
+    seq = q.shape[1]
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    size = max(64, -(-seq // BLOCKS))
+    blocks = []
+    for start in range(0, seq, size):
+        stop = min(start + size, seq)
+        block = jax.checkpoint(functools.partial(_attend_block, start=start))
+        blocks.append(block(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]))
+    return jnp.concatenate(blocks, axis=2).transpose(0, 2, 1, 3)
+
+
+def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, start: int) -> jax.Array:
+    """Queries from position `start` on against all keys up to theirs, `[batch, heads, …, head]`."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=wide, precision=exact(q))
+    visible = start + np.arange(q.shape[2])[:, None] >= np.arange(k.shape[2])
+    weights, total = _softmax(scores, visible)
+    mixed = jnp.einsum(
+        "bhqk,bhkd->bhqd",
+        weights.astype(v.dtype),
+        v,
+        preferred_element_type=wide,
+        precision=exact(q),
+    )
+    return (mixed / total).astype(v.dtype)
+
+
+def exact(x: jax.Array) -> jax.lax.Precision | None:
+    """Full precision for float32 and wider, which TPUs and GPUs otherwise round on the way in."""
+    return jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None

@@ -1,0 +1,203 @@
+"""The forward pass of GPT-NeoX as a pure function of (params, tokens, config).
+
+GPT-NeoX v1.0, megatron/model/transformer.py and gpt2_model.py; Black et al., 2022. The hidden
+states run through a scan over the stacked layers (or a loop, `Runtime.scan_layers`), past the
+named sites of `pythia_jax.model.sites`.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pythia_jax.configs import ModelConfig, Runtime
+from pythia_jax.model import attention
+from pythia_jax.model.parameters import Params
+from pythia_jax.model.sites import SPLIT_READERS, Capture, Edits, Hooks, LayerHooks, Taps
+
+Hidden = Float[Array, "batch seq hidden"]
+
+
+def forward(
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    config: ModelConfig,
+    *,
+    capture: Capture = (),
+    taps: Taps | None = None,
+    edits: Edits | None = None,
+    runtime: Runtime = Runtime(),
+) -> Float[Array, "batch seq vocab"] | tuple[Float[Array, "batch seq vocab"], dict]:
+    """Logits at every position, at least float32.
+
+    capture: names of sites, or pairs (site, layers), to return. taps: arrays added at sites.
+    edits: pairs (mask, value) that replace sites where the mask is true. Both broadcast to the
+    site's shape, `[layer, batch, seq, …]` (`pythia_jax.model.sites.SITES`).
+
+    Returns logits, or (logits, {site: value}) if `capture` names any.
+
+    Raises ValueError for an unknown site, a shape that does not fit, too long a sequence.
+    """
+    capture = tuple(capture)
+    hidden, captured = hidden_states(
+        params, tokens, config, capture=capture, taps=taps, edits=edits, runtime=runtime
+    )
+    logits = unembed(params, hidden)
+    return (logits, captured) if capture else logits
+
+
+def hidden_states(
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    config: ModelConfig,
+    *,
+    capture: Capture = (),
+    taps: Taps | None = None,
+    edits: Edits | None = None,
+    runtime: Runtime = Runtime(),
+) -> tuple[Hidden, dict]:
+    """The final LayerNorm's output, before the unembedding, and the captured sites."""
+    batch, seq = tokens.shape
+    if seq > config.max_position_embeddings:
+        raise ValueError(
+            f"{seq} tokens do not fit the model's {config.max_position_embeddings} positions"
+        )
+    hooks = Hooks(capture, taps, edits, config, batch, seq)
+    kernel = attention.choose(runtime, hooks.used)
+    positions = np.arange(seq)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, site: LayerHooks) -> jax.Array:
+        q, k = (attention.rotate(x, positions, config) for x in (q, k))
+        return attention.attend(q, k, v, kernel, site)
+
+    params = cast(params, runtime)
+    outer = hooks.at()
+    x = outer("embed", params["embed_in"]["embedding"][tokens])
+
+    def layer(carry: tuple, scanned: tuple) -> tuple[tuple, dict]:
+        x, chosen = carry
+        index, weights, layered = scanned
+        site = hooks.at(index, layered, chosen)
+        x = block(weights, x, config, lambda q, k, v: attend(q, k, v, site), site)
+        return (x, site.chosen), site.captured
+
+    run = run_layers(layer, runtime, config.num_hidden_layers)
+    indices = jnp.arange(config.num_hidden_layers)
+    (x, chosen), stacked = run(
+        (x, hooks.start(x.dtype)), (indices, params["layers"], hooks.layered)
+    )
+    x = outer("ln_final", layer_norm(x, params["final_layer_norm"], config.layer_norm_eps))
+    return x, hooks.results({**stacked, **outer.captured}, chosen)
+
+
+def block(
+    weights: Params,
+    x: Hidden,
+    config: ModelConfig,
+    attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    site: LayerHooks,
+) -> Hidden:
+    """One layer. `attend` maps unrotated q, k, v, `[batch, seq, heads, head]` each, to z.
+
+    Parallel residual: x + attention(norm(x)) + mlp(norm'(x)), both of the block's input;
+    sequential: the MLP reads the stream that attention has written to.
+    """
+    x = site("resid_pre", x)
+    q, k, v = queries_keys_values(weights, x, config, site)
+    z = site("attn.z", attend(q, k, v))
+    merged = z.reshape(*x.shape[:2], config.hidden_size)
+    attention_out = site("attn_out", dense(merged, weights["attention"]["dense"]))
+    if not config.use_parallel_residual:
+        x = x + attention_out
+    mlp_in = site("mlp_in", x)
+    normed = layer_norm(mlp_in, weights["post_attention_layernorm"], config.layer_norm_eps)
+    pre = site("mlp.pre", dense(normed, weights["mlp"]["dense_h_to_4h"]))
+    post = site("mlp.post", jax.nn.gelu(pre, approximate=config.tanh_gelu))
+    mlp_out = site("mlp_out", dense(post, weights["mlp"]["dense_4h_to_h"]))
+    # GPT-NeoX adds the two branches first and the stream last: the order decides the last bits.
+    written = attention_out + mlp_out if config.use_parallel_residual else mlp_out
+    return site("resid_post", x + written)
+
+
+def queries_keys_values(
+    weights: Params, x: Hidden, config: ModelConfig, site: LayerHooks
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values before rotary, `[batch, seq, heads, head]` each."""
+    norm, eps = weights["input_layernorm"], config.layer_norm_eps
+    qkv = weights["attention"]["query_key_value"]
+    heads, size = config.num_attention_heads, config.head_size
+    if site.wants(*SPLIT_READERS):
+        # Every head reads a copy of the stream of its own, so that edges can be told apart.
+        kernel = qkv["kernel"].reshape(config.hidden_size, heads, 3, size)
+        bias = qkv["bias"].reshape(heads, 3, size)
+        copies = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], heads, config.hidden_size))
+        split = []
+        for i, reader in enumerate(SPLIT_READERS):
+            read = layer_norm(site(reader, copies), norm, eps)
+            precision = attention.exact(read)
+            value = jnp.einsum("bshd,dhe->bshe", read, kernel[:, :, i], precision=precision)
+            split.append(value + bias[:, i])
+    else:
+        fused = dense(layer_norm(x, norm, eps), qkv)
+        split = jnp.split(fused.reshape(*x.shape[:2], heads, 3 * size), 3, axis=-1)
+    return site("attn.q", split[0]), site("attn.k", split[1]), site("attn.v", split[2])
+
+
+def unembed(params: Params, hidden: Float[Array, "*rows hidden"]) -> Float[Array, "*rows vocab"]:
+    """Logits, at least float32."""
+    kernel = params["embed_out"]["kernel"].astype(hidden.dtype)
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    return jnp.matmul(
+        hidden, kernel, precision=attention.exact(hidden), preferred_element_type=wide
+    )
+
+
+def dense(x: Float[Array, "*rows in"], weights: Params) -> Float[Array, "*rows out"]:
+    """x @ kernel + bias."""
+    return jnp.matmul(x, weights["kernel"], precision=attention.exact(x)) + weights["bias"]
+
+
+def layer_norm(
+    x: Float[Array, "*rows hidden"], weights: Params, eps: float
+) -> Float[Array, "*rows hidden"]:
+    """LayerNorm over the last axis (Ba et al., 2016); statistics at least float32."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    normed = (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+    return normed * weights["scale"] + weights["bias"]
+
+
+def cast(params: Params, runtime: Runtime) -> Params:
+    """Parameters in the compute dtype, all but the unembedding, which the loss casts itself."""
+    if runtime.dtype is None:
+        return params
+    body = {name: tree for name, tree in params.items() if name != "embed_out"}
+    return {**params, **jax.tree.map(lambda p: p.astype(runtime.dtype), body)}
+
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def run_layers(layer: Callable, runtime: Runtime, layers: int) -> Callable:
+    """`layer(carry, scanned)` over all layers: by `lax.scan`, or unrolled."""
+    if runtime.remat != "none":
+        policy = REMAT_POLICIES[runtime.remat]
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=not runtime.scan_layers)
+    if runtime.scan_layers:
+        return functools.partial(jax.lax.scan, layer)
+
+    def unrolled(carry: tuple, scanned: tuple) -> tuple[tuple, dict]:
+        outputs = []
+        for i in range(layers):
+            carry, output = layer(carry, jax.tree.map(lambda a, i=i: a[i], scanned))
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *a: jnp.stack(a), *outputs)
+
+    return unrolled

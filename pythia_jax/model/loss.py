@@ -1,0 +1,221 @@
+"""Next-token cross-entropy, in chunks: the logits of a whole batch never exist.
+
+Two forms of one function. *fused* (`fused_cross_entropy`) has a rule of its own: asked for a
+derivative, the forward pass already forms the gradients of hidden states and unembedding, chunk
+by chunk, and computes no logit twice. The rule is a `custom_jvp`, so forward mode, Hessian
+products and vmap go through it as well. *remat* (`token_cross_entropy`) is a plain scan that
+recomputes each chunk in the backward pass; it gives per-token losses, and differentiates in any
+order of modes (reverse over reverse through the fused form would hold twice the logits).
+
+Losses are in nats. GPT-NeoX v1.0 (mpu/cross_entropy.py) averages over all positions; rows of the
+vocabulary that only pad it belong to the softmax, as they did upstream.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, Int
+
+from pythia_jax.configs import ModelConfig, Runtime
+from pythia_jax.model.attention import exact
+from pythia_jax.model.gptneox import hidden_states
+from pythia_jax.model.parameters import Params
+from pythia_jax.model.sites import Edits, Taps
+
+
+def loss(
+    params: Params,
+    tokens: Int[Array, "batch seq+1"],
+    config: ModelConfig,
+    weights: Float[Array, " batch"] | None = None,
+    *,
+    taps: Taps | None = None,
+    edits: Edits | None = None,
+    runtime: Runtime = Runtime(),
+) -> Float[Array, ""]:
+    """Mean next-token cross-entropy in nats, at least float32.
+
+    weights multiply each row's summed loss; the divisor stays batch x seq whatever they are, so
+    that the derivative with respect to them is the influence of a row.
+    """
+    batch, seq = tokens.shape[0], tokens.shape[1] - 1
+    hidden, kernel, labels = _inputs(params, tokens, config, taps, edits, runtime)
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    weights = jnp.ones(batch, wide) if weights is None else weights.astype(wide)
+    weights = weights / (batch * seq)
+    if runtime.loss == "fused":
+        return fused_cross_entropy(hidden, kernel, weights, labels, runtime.loss_chunk)
+    nll = token_cross_entropy(hidden, kernel, labels, runtime.loss_chunk)
+    return jnp.einsum("bs,b->", nll, weights, precision=exact(nll))
+
+
+def token_losses(
+    params: Params,
+    tokens: Int[Array, "batch seq+1"],
+    config: ModelConfig,
+    *,
+    taps: Taps | None = None,
+    edits: Edits | None = None,
+    runtime: Runtime = Runtime(),
+) -> Float[Array, "batch seq"]:
+    """Cross-entropy of each next token in nats: entry t is that of `tokens[:, t + 1]`."""
+    hidden, kernel, labels = _inputs(params, tokens, config, taps, edits, runtime)
+    return token_cross_entropy(hidden, kernel, labels, runtime.loss_chunk)
+
+
+def _inputs(
+    params: Params,
+    tokens: jax.Array,
+    config: ModelConfig,
+    taps: Taps | None,
+    edits: Edits | None,
+    runtime: Runtime,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise ValueError(f"tokens of shape {tokens.shape}: the loss wants [batch, seq + 1]")
+    hidden, _ = hidden_states(
+        params, tokens[:, :-1], config, taps=taps, edits=edits, runtime=runtime
+    )
+    return hidden, params["embed_out"]["kernel"], tokens[:, 1:]
+
+
+def token_cross_entropy(
+    hidden: Float[Array, "batch seq hidden"],
+    kernel: Float[Array, "hidden vocab"],
+    labels: Int[Array, "batch seq"],
+    chunk: int,
+) -> Float[Array, "batch seq"]:
+    """Per-token losses by a scan over chunks of positions, recomputed in the backward pass."""
+    cut = _Chunks(labels.shape, chunk)
+    cast = kernel.astype(hidden.dtype)
+
+    @jax.checkpoint
+    def step(carry: None, xs: tuple) -> tuple[None, jax.Array]:
+        x, y = xs
+        return None, _cross_entropy(_logits(x, cast), y)[0]
+
+    _, nll = jax.lax.scan(step, None, (cut.split(hidden), cut.split(labels)))
+    return cut.join(nll)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(4,))
+def fused_cross_entropy(
+    hidden: Float[Array, "batch seq hidden"],
+    kernel: Float[Array, "hidden vocab"],
+    weights: Float[Array, " batch"],
+    labels: Int[Array, "batch seq"],
+    chunk: int,
+) -> Float[Array, ""]:
+    """Sum over tokens of weight x cross-entropy; its derivative is formed with its value."""
+    return _sweep(hidden, kernel, weights, labels, chunk, want=())[0]
+
+
+@partial(fused_cross_entropy.defjvp, symbolic_zeros=True)
+def _fused_jvp(chunk: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    """value, <d_hidden, hidden'> + <d_kernel, kernel'> + <nll of rows, weights'>.
+
+    A tangent that is known to be zero (weights always, the kernel where only activations are
+    differentiated) costs nothing.
+    """
+    names = ("hidden", "kernel", "weights")
+    moving = {
+        name: tangent
+        for name, tangent in zip(names, tangents, strict=False)
+        if not isinstance(tangent, SymbolicZero)
+    }
+    value, gradient = _sweep(*primals, chunk, want=tuple(moving))
+    tangent = jnp.zeros_like(value)
+    for name, direction in moving.items():
+        # Not jnp.vdot: it would flatten, and a flattened sharded array is gathered.
+        product = gradient[name].astype(value.dtype) * direction.astype(value.dtype)
+        tangent = tangent + product.sum()
+    return value, tangent
+
+
+def _sweep(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    weights: jax.Array,
+    labels: jax.Array,
+    chunk: int,
+    want: tuple[str, ...],
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The weighted sum, and the gradients named in `want`, in one pass over chunks of positions."""
+    cut = _Chunks(labels.shape, chunk)
+    cast = kernel.astype(hidden.dtype)
+    wide = weights.dtype
+
+    def step(kernel_gradient: jax.Array | None, xs: tuple) -> tuple[jax.Array | None, tuple]:
+        x, y, w = xs
+        logits = _logits(x, cast)
+        nll, peak, total = _cross_entropy(logits, y)
+        if "hidden" not in want and "kernel" not in want:
+            return kernel_gradient, (nll, None)
+        share = jnp.exp(logits - peak[..., None]) * (w / total)[..., None]
+        hit = jax.nn.one_hot(y, kernel.shape[1], dtype=wide) * w[..., None]
+        d_logits = (share - hit).astype(hidden.dtype)
+        d_hidden = None
+        if "hidden" in want:
+            d_hidden = jnp.einsum("bsv,hv->bsh", d_logits, cast, precision=exact(d_logits))
+        if "kernel" in want:
+            kernel_gradient = kernel_gradient + jnp.einsum(
+                "bsh,bsv->hv",
+                x,
+                d_logits,
+                precision=exact(x),
+                preferred_element_type=kernel_gradient.dtype,
+            )
+        return kernel_gradient, (nll, d_hidden)
+
+    accumulator = jnp.zeros(kernel.shape, wide) if "kernel" in want else None
+    # Positions that pad the last chunk weigh nothing.
+    spread = jnp.broadcast_to(weights[:, None], labels.shape)
+    xs = (cut.split(hidden), cut.split(labels), cut.split(spread))
+    d_kernel, (nll, d_hidden) = jax.lax.scan(step, accumulator, xs)
+    rows = cut.join(nll).sum(axis=1)
+    gradient: dict[str, Any] = {"kernel": d_kernel, "weights": rows}
+    if d_hidden is not None:
+        gradient["hidden"] = cut.join(d_hidden)
+    return (rows * weights).sum(), gradient
+
+
+def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("bsh,hv->bsv", x, kernel, precision=exact(x), preferred_element_type=wide)
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Losses, and the peak and the sum of exponentials they were computed with."""
+    peak = jax.lax.stop_gradient(logits.max(axis=-1))
+    total = jnp.exp(logits - peak[..., None]).sum(axis=-1)
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return peak + jnp.log(total) - chosen, peak, total
+
+
+class _Chunks:
+    """Cuts `[batch, seq, …]` along the sequence into equal chunks, padding the last with zeros.
+
+    Along the sequence and not the batch, so that a sharded batch stays where it is.
+    """
+
+    def __init__(self, shape: tuple[int, ...], tokens: int) -> None:
+        batch, self.seq = shape
+        self.count = max(1, -(-self.seq * batch // tokens))
+        self.count = min(self.count, self.seq)
+        self.length = -(-self.seq // self.count)
+        self.count = -(-self.seq // self.length)
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """`[batch, seq, …]` to `[chunk, batch, length, …]`."""
+        padding = self.count * self.length - self.seq
+        x = jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(x.shape[0], self.count, self.length, *x.shape[2:]), 1, 0)
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """The way back, without the padding."""
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.seq]
