@@ -1,4 +1,4 @@
-"""Run configurations: frozen dataclasses, checked when they are made, read from and written to YAML.
+"""Run configurations: frozen dataclasses, checked when made, read from and written to YAML.
 
 `ModelConfig` says which function a model computes; `Runtime` says how it is computed on this
 machine (dtype, attention kernel, rematerialisation); `RunConfig` is everything a training run
@@ -174,6 +174,8 @@ class DataConfig:
     test_weights: tuple[float, ...] | None = None
     split: str | None = None
     order: Literal["neox", "preshuffled"] = "neox"
+    documents: None = None
+    transform: None = None
     sequence_length: int = 2048
     seed: int = 1234
 
@@ -320,6 +322,21 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 takes what is left. One device serves a run for now."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    slices: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("data", "fsdp", "tensor", "slices"):
+            value = getattr(self, name)
+            _require(value in (1, -1), f"mesh.{name}", value, "a run uses one device for now")
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """One line of metrics every so many steps."""
 
@@ -337,8 +354,10 @@ class RunConfig:
     model: ModelConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: str | None = None
+    initialize_from: None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -465,6 +484,10 @@ def _nearest(key: str, known: list[str]) -> str:
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
     """`value` as the type `hint`, or a `ConfigError` that names the key and the type."""
+    if hint is type(None):
+        if value is None:
+            return None
+        raise ConfigError(f"{key}: {value!r}: this key is reserved; only null is supported for now")
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
         options = [option for option in typing.get_args(hint) if option is not type(None)]

@@ -23,14 +23,19 @@ class Model:
     stored_dtype: str = "float32"
     source: str = ""
 
-    @functools.cached_property
+    @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, or None if it came without."""
         content = self.tokenizer_files.get("tokenizer.json")
-        return None if content is None else Tokenizer.from_buffer(content)
+        return None if content is None else _parse_tokenizer(content)
 
     @property
     def eod(self) -> int:
         """Id of the end of a document: `<|endoftext|>`, 0 in every Pythia."""
         known = None if self.tokenizer is None else self.tokenizer.token_to_id("<|endoftext|>")
         return 0 if known is None else known
+
+
+@functools.lru_cache(maxsize=8)
+def _parse_tokenizer(content: bytes) -> Tokenizer:
+    return Tokenizer.from_buffer(content)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.model.sites import MATERIALISED
@@ -24,19 +24,26 @@ Queries = Float[Array, "batch seq heads head"]
 Kernel = Callable[..., Float[Array, "batch seq heads head"]]
 
 
+def inverse_frequencies(rotary_size: int, base: float) -> np.ndarray:
+    """base^(-2i / rotary_size), float32 `[rotary_size // 2]`, rounded step by step as torch does.
+
+    The power is taken in float64, its reciprocal in float32. NumPy in float32 throughout differs
+    by one unit in the last place of a frequency, which 2048 positions turn into 6e-5.
+    """
+    exponent = np.arange(0, rotary_size, 2, dtype=np.float32) / np.float32(rotary_size)
+    return np.float32(1) / np.float32(base ** exponent.astype(np.float64))
+
+
 @functools.cache
 def rotary_table(rotary_size: int, base: float, positions: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines, float32 `[positions, rotary_size // 2]`, of RoFormer's angles (sec. 3.2).
 
-    Angles are position x base^(-2i / rotary_size), rounded step by step as torch rounds them:
-    the power is taken in float64, its reciprocal and everything after in float32. NumPy in
-    float32 throughout differs by one unit in the last place of a frequency, which 2048 positions
-    turn into 6e-5.
+    Angles are float32 products, as torch's. Their cosines are taken in float64 and rounded once:
+    NumPy's float32 ones depend on the processor.
     """
-    exponent = np.arange(0, rotary_size, 2, dtype=np.float32) / np.float32(rotary_size)
-    inverse_frequency = np.float32(1) / np.float32(base ** exponent.astype(np.float64))
-    angle = np.outer(np.arange(positions, dtype=np.float32), inverse_frequency)
-    return np.cos(angle), np.sin(angle)
+    frequencies = inverse_frequencies(rotary_size, base)
+    angle = np.outer(np.arange(positions, dtype=np.float32), frequencies).astype(np.float64)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
 def rotate(
@@ -140,3 +147,18 @@ def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, start: int) -> jax.A
 def exact(x: jax.Array) -> jax.lax.Precision | None:
     """Full precision for float32 and wider, which TPUs and GPUs otherwise round on the way in."""
     return jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None
+
+
+def attend_cached(
+    q: Float[Array, "batch 1 heads head"],
+    k: Float[Array, "batch slots heads head"],
+    v: Float[Array, "batch slots heads head"],
+    visible: Bool[Array, "batch slots"],
+) -> Float[Array, "batch 1 heads head"]:
+    """One query a row against the visible slots of a cache."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    q = q * (q.shape[-1] ** -0.5)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide, precision=exact(q))
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(wide).min)
+    pattern = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", pattern, v, precision=exact(q))

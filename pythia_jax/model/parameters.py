@@ -9,7 +9,7 @@ Parameters are a plain nested dict; those of the layers are stacked on a leading
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +138,7 @@ def tree(leaf: Callable[[Parameter], object]) -> dict:
     return traverse_util.unflatten_dict({p.path: leaf(p) for p in TABLE}, sep="/")
 
 
-def items(params: Params) -> Iterator[tuple[Parameter, jax.Array]]:
+def items(params: Params) -> Iterator[tuple[Parameter, Any]]:
     """Each parameter's row of the table beside its array."""
     flat = traverse_util.flatten_dict(params, sep="/")
     for parameter in TABLE:

@@ -1,0 +1,129 @@
+"""Training: from a config to a run folder, and on from wherever an earlier attempt got to."""
+
+import fcntl
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from pythia_jax import configs, data
+from pythia_jax.configs import ConfigError, RunConfig
+from pythia_jax.model.loss import loss
+from pythia_jax.model.parameters import Params
+from pythia_jax.training.checkpoints import Checkpoints, check_same_run
+from pythia_jax.training.feed import read_ahead
+from pythia_jax.training.optimizer import learning_rate
+from pythia_jax.training.step import TrainState, init_state, jitted_train_step
+from pythia_jax.training.telemetry import Telemetry, plot_loss
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where training got to. state: of checkpoint `step`. resumed_from: None for a fresh start."""
+
+    folder: Path
+    step: int
+    state: TrainState
+    resumed_from: int | None
+
+
+def train(
+    config: RunConfig, *, stop_at: int | None = None, show_progress: bool = True
+) -> TrainResult:
+    """Train to `training.steps`, going on from the run folder's newest checkpoint if it has one.
+
+    stop_at: leave at this step, with everything saved to go on from it.
+
+    Writes checkpoints, metrics.jsonl, TensorBoard events, config.yaml and loss.png into
+    `checkpoint.directory`. Raises ConfigError if the folder holds another run, and NonFiniteError
+    if the loss stops being a number.
+    """
+    folder = Path(config.checkpoint.directory)
+    stop = min(stop_at or config.training.steps, config.training.steps)
+    batches = data.batches(config, "train")
+    validation = data.batches(config, "validation") if config.data.validation else None
+    schedule = learning_rate(config.optimizer, config.training.steps)
+
+    with run_folder(config), Checkpoints(config) as checkpoints:
+        resumed = checkpoints.newest()
+        state = jitted_init(config) if resumed is None else checkpoints.restore(resumed)
+        start = 0 if resumed is None else resumed
+        feed = read_ahead(batches, start, stop)
+        with Telemetry(config, start, schedule, show_progress) as telemetry:
+            for step in range(start, stop + 1):
+                if checkpoints.due(step) or step == stop:
+                    telemetry.flush()  # a checkpoint of a loss that is no number is never written
+                    checkpoints.save(step, state, leaving=step == stop)
+                    telemetry.restart_clock()
+                if validation is not None and evaluation_due(config, step):
+                    telemetry.flush()
+                    value = held_out_loss(state.params, config, validation, step)
+                    telemetry.write(step, {"validation_loss": value})
+                    telemetry.restart_clock()
+                if step >= stop:
+                    break
+                asked = time.perf_counter()
+                tokens = next(feed)
+                waited = time.perf_counter() - asked
+                state, metrics = jitted_train_step(state, tokens, config=config)
+                telemetry.step(step, metrics, waited)
+        plot_loss(folder, config.name)
+    return TrainResult(folder, max(start, stop), state, resumed)
+
+
+jitted_init = jax.jit(init_state, static_argnums=0)
+
+
+def evaluation_due(config: RunConfig, step: int) -> bool:
+    """Every `evaluation.every` steps, and at the end."""
+    if config.evaluation.steps == 0 or step == 0:
+        return False
+    return step % config.evaluation.every == 0 or step == config.training.steps
+
+
+def held_out_loss(params: Params, config: RunConfig, batches: data.Batches, step: int) -> float:
+    """Mean loss in nats over the validation batches that belong to checkpoint `step`.
+
+    As upstream, each evaluation takes the `evaluation.steps` batches after those of the one
+    before it; which they are depends on the step alone.
+    """
+    first = (step - 1) // config.evaluation.every * config.evaluation.steps
+    chosen = range(first, first + config.evaluation.steps)
+    values = [jitted_loss(params, batches[i], config=config) for i in chosen]
+    return sum(map(float, values)) / len(values)
+
+
+@partial(jax.jit, static_argnames="config")
+def jitted_loss(params: Params, tokens: jax.Array, *, config: RunConfig) -> jax.Array:
+    assert config.model is not None
+    return loss(params, tokens, config.model, runtime=config.runtime)
+
+
+@contextmanager
+def run_folder(config: RunConfig) -> Iterator[None]:
+    """Make or take over the run folder, and keep every other process out of it.
+
+    The lock is the operating system's, on an open file, and goes with the process, kill -9
+    included.
+    """
+    folder = Path(config.checkpoint.directory)
+    if config.model is None:
+        raise ConfigError("model: missing; a training run needs one (for example size: 70m)")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"{folder}: another process is training in this folder") from None
+        saved = folder / "config.yaml"
+        if saved.is_file():
+            check_same_run(configs.load(saved), config, folder)
+        configs.save(config, saved)
+        yield

@@ -1,0 +1,192 @@
+"""Attention: both kernels compute one function, and so do their derivatives of every order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pythia_jax.configs import ModelConfig, Runtime
+from pythia_jax.model import attention
+from pythia_jax.model.sites import SITES
+from tests.reference import distance
+
+KERNELS = ("xla", "einsum")
+LENGTHS = (1, 2, 63, 64, 65, 200, 513)
+
+
+def attend(q, k, v, kernel):
+    return attention.attend(q, k, v, kernel, lambda site, value: value)
+
+
+def inputs(seq, seed=0, batch=2, heads=3, head=8):
+    """Queries wide enough for patterns that are neither flat nor one-hot."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, seq, heads, head)
+    return [(scale * rng.standard_normal(shape)).astype(np.float32) for scale in (3, 1, 1)]
+
+
+def softmax_attention(q, k, v):
+    """In NumPy and float64, written out."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+    hidden = np.arange(q.shape[1])[None, :] > np.arange(q.shape[1])[:, None]
+    scores = np.where(hidden, -np.inf, scores)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("seq", LENGTHS)
+def test_kernels_equal_a_softmax_in_float64(seq, kernel):
+    q, k, v = inputs(seq)
+    got = np.asarray(jax.jit(attend, static_argnums=3)(q, k, v, kernel))
+    assert got.dtype == np.float32
+    assert np.abs(got - softmax_attention(q, k, v)).max() <= 2e-6
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("seq", [1, 65, 200])
+def test_kernels_in_bfloat16_stay_near_a_softmax_in_float64(seq, kernel):
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(seq))
+    got = jax.jit(attend, static_argnums=3)(q, k, v, kernel)
+    assert got.dtype == jnp.bfloat16
+    assert distance(got.astype(jnp.float32), softmax_attention(q, k, v)) <= 1e-2
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_scores_far_beyond_the_range_of_exp_stay_finite(kernel):
+    q, k, v = inputs(130)
+    got = np.asarray(attend(1000 * q, 10 * k, v, kernel))
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, softmax_attention(1000 * q, 10 * k, v), atol=2e-3)
+    gradient = jax.grad(lambda q: attend(1000 * q, 10 * k, v, kernel).sum())(q)
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_equal_keys_give_running_means_of_values(kernel):
+    q, k, v = inputs(90)
+    k = np.broadcast_to(k[:, :1], k.shape)
+    means = np.cumsum(v, axis=1) / np.arange(1, 91)[None, :, None, None]
+    np.testing.assert_allclose(attend(q, k, v, kernel), means, atol=2e-6)
+
+
+def second_derivatives(kernel, qkv, directions):
+    """Gradient, Hessian product forward over reverse, and reverse over reverse."""
+    rng = np.random.default_rng(1)
+    probe = rng.standard_normal(qkv[0].shape).astype(np.float32)
+
+    def scalar(qkv):
+        return (jnp.sin(attend(*qkv, kernel)) * probe).sum()
+
+    def projected(qkv):
+        pieces = jax.tree.map(lambda g, d: (g * d).sum(), jax.grad(scalar)(qkv), directions)
+        return sum(pieces)
+
+    gradient, forward = jax.jvp(jax.grad(scalar), (qkv,), (directions,))
+    return gradient, forward, jax.grad(projected)(qkv)
+
+
+@pytest.mark.parametrize("seq", [2, 65, 150])
+def test_second_derivatives_of_both_kernels_are_equal(seq):
+    qkv, directions = inputs(seq, batch=1, heads=2, head=4), inputs(seq, 5, 1, 2, 4)
+    run = jax.jit(second_derivatives, static_argnums=0)
+    blocks, plain = run("xla", qkv, directions), run("einsum", qkv, directions)
+    for got, wanted in zip(jax.tree.leaves(blocks), jax.tree.leaves(plain), strict=True):
+        assert distance(got, wanted) <= 5e-6
+    # Both modes give one Hessian.
+    for got, wanted in zip(blocks[1], blocks[2], strict=True):
+        assert distance(got, wanted) <= 5e-6
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_per_example_gradients_are_those_of_each_example(kernel):
+    q, k, v = inputs(70, batch=3)
+
+    def gradient(q, k, v):
+        return jax.grad(lambda q: (attend(q[None], k[None], v[None], kernel) ** 2).sum())(q)
+
+    together = jax.vmap(gradient)(q, k, v)
+    for row in range(3):
+        assert distance(together[row], gradient(q[row], k[row], v[row])) <= 2e-6
+
+
+def shapes_in(jaxpr):
+    """Shapes of all values that a jaxpr computes, those inside its calls and loops too."""
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            yield getattr(variable.aval, "shape", ())
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from shapes_in(inner)
+
+
+@pytest.mark.parametrize(("kernel", "held"), [("xla", False), ("einsum", True)])
+def test_only_einsum_holds_all_scores_forward_and_backward(kernel, held):
+    q, k, v = inputs(512, batch=1, heads=1)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda q: attend(q, k, v, kernel).sum()))(q)
+    whole = any(shape[-2:] == (512, 512) for shape in shapes_in(jaxpr.jaxpr))
+    assert whole == held
+
+
+@pytest.mark.parametrize("site", ["attn.scores", "attn.pattern"])
+def test_auto_takes_einsum_where_scores_are_wanted_and_says_so(site, caplog):
+    with caplog.at_level("INFO", logger="pythia_jax"):
+        assert attention.choose(Runtime(), {site}) == "einsum"
+    assert "einsum" in caplog.text and site in caplog.text
+
+
+def test_auto_takes_blocks_for_all_other_sites_without_a_word(caplog):
+    others = set(SITES) - {"attn.scores", "attn.pattern"}
+    with caplog.at_level("INFO", logger="pythia_jax"):
+        assert attention.choose(Runtime(), others) == "xla"
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("site", ["attn.scores", "attn.pattern"])
+def test_kernel_asked_for_by_name_is_not_replaced_in_silence(site):
+    with pytest.raises(ValueError, match=rf"'xla'.*{site}.*'einsum'"):
+        attention.choose(Runtime(attention="xla"), {site})
+    assert attention.choose(Runtime(attention="einsum"), {site}) == "einsum"
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_alone():
+    config = ModelConfig(16, 1, 1, vocab_size=8, rotary_pct=1.0)
+    q, k, _ = inputs(1, batch=1, heads=1, head=16)
+
+    def at(x, position):
+        return np.asarray(attention.rotate(jnp.asarray(x), np.array([position]), config)).ravel()
+
+    assert abs(np.linalg.norm(at(q, 1000)) - np.linalg.norm(q)) <= 1e-5
+    assert abs(at(q, 107) @ at(k, 100) - at(q, 1307) @ at(k, 1300)) <= 1e-3
+    np.testing.assert_array_equal(at(q, 0), q.ravel())
+
+
+def test_rotation_leaves_what_lies_behind_the_rotary_part():
+    config = ModelConfig(16, 1, 1, vocab_size=8, rotary_pct=0.25)
+    q = inputs(9, batch=1, heads=1, head=16)[0]
+    rotated = np.asarray(attention.rotate(jnp.asarray(q), np.arange(9), config))
+    np.testing.assert_array_equal(rotated[..., 4:], q[..., 4:])
+    assert (rotated[:, 1:, :, :4] != q[:, 1:, :, :4]).all()
+
+
+def test_positions_of_each_row_may_differ():
+    config = ModelConfig(16, 1, 1, vocab_size=8, rotary_pct=0.5)
+    q = jnp.asarray(inputs(4, batch=2, heads=1, head=16)[0])
+    positions = np.array([[0, 1, 2, 3], [7, 8, 9, 10]])
+    together = attention.rotate(q, positions, config)
+    for row in range(2):
+        alone = attention.rotate(q[row : row + 1], positions[row], config)
+        np.testing.assert_array_equal(together[row], alone[0])
+
+
+def test_rotary_angles_stay_float32_in_bfloat16():
+    config = ModelConfig(16, 1, 1, vocab_size=8, rotary_pct=1.0)
+    q = jnp.asarray(inputs(4, batch=1, heads=1, head=16)[0], jnp.bfloat16)
+    far = np.arange(2000, 2004)
+    half = attention.rotate(q, far, config)
+    assert half.dtype == jnp.bfloat16
+    assert distance(half.astype(jnp.float32), attention.rotate(q.astype(jnp.float32), far, config)) < 4e-3  # fmt: skip
