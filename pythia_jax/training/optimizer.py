@@ -74,7 +74,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Divide gradients by (norm + 1e-6) / max_norm where that is more than 1 (DeeperSpeed)."""
 
     def update(updates: optax.Updates, state: optax.OptState, params: Any = None) -> tuple:
-        excess = (optax.global_norm(updates) + 1e-6) / max_norm
+        excess = (optax.tree.norm(updates) + 1e-6) / max_norm
         scale = 1 / jnp.maximum(excess, 1.0)
         return jax.tree.map(lambda g: g * scale, updates), state
 

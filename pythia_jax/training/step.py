@@ -58,7 +58,7 @@ def train_step(
     transform = optimizer(config.optimizer, config.training.steps)
     updates, opt_state = transform.update(gradients, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
-    metrics = {"loss": value, "grad_norm": optax.global_norm(gradients)}
+    metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients)}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 

@@ -46,7 +46,8 @@ def train(
     if the loss stops being a number.
     """
     folder = Path(config.checkpoint.directory)
-    stop = min(stop_at or config.training.steps, config.training.steps)
+    last = config.training.steps
+    stop = last if stop_at is None else min(stop_at, last)
     batches = data.batches(config, "train")
     validation = data.batches(config, "validation") if config.data.validation else None
     schedule = learning_rate(config.optimizer, config.training.steps)

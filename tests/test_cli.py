@@ -1,0 +1,133 @@
+"""The commands as their users type them; the errors they get."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from reference import TINY, random_params
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import pythia_jax as pj
+from pythia_jax import configs, data
+from pythia_jax.bridge.model import Model
+from pythia_jax.cli import main
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def refused(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code in (1, 2)
+    assert "Traceback" not in result.output
+    return result.output
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """One token a letter, the end of a document at 0."""
+    vocab = {"<|endoftext|>": 0, **{c: i + 1 for i, c in enumerate("abcdefghijklmnopqrstuvwxyz ")}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+@pytest.fixture
+def config(tmp_path: Path, tokenizer: Path) -> Path:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(30):
+        (texts / f"{i}.txt").write_text("the quick brown fox jumps over the lazy dog " * (i + 1))
+    result = run("data", "tokenize", texts, "--out", tmp_path / "corpus", "--tokenizer", tokenizer,
+                 "--append-eod")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "30 documents" in result.output
+    path = tmp_path / "run.yaml"
+    path.write_text(f"""
+name: tiny
+model: {{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, vocab_size: 28, \
+max_position_embeddings: 64}}
+data: {{train: [{tmp_path}/corpus], sequence_length: 32}}
+tokenizer: {tokenizer}
+training: {{steps: 6, batch_size: 4, precision: float32, remat: none}}
+checkpoint: {{directory: {tmp_path}/run, extra_steps: [0, 1]}}
+""")
+    return path
+
+
+def test_help_names_every_command() -> None:
+    output = run("--help").output
+    for command in ("quickstart", "suite", "train", "data", "convert", "generate"):
+        assert command in output
+        assert run(command, "--help").exit_code == 0
+
+
+def test_suite_shows_sizes_counts_rates_and_faults() -> None:
+    output = run("suite").output
+    for text in ("14,067,712", "11,327,027,200", "0.00025", "pythia#205", "154"):
+        assert text in output
+
+
+def test_train_stop_go_on_generate_and_convert(config: Path, tmp_path: Path) -> None:
+    assert "checkpoint 3" in run("train", config, "--stop-at", 3).output
+    result = run("train", config)
+    assert result.exit_code == 0 and "checkpoint 6" in result.output
+    text = run("generate", tmp_path / "run", "the q", "--max-new-tokens", 5)
+    assert text.exit_code == 0 and text.output.startswith("the q")
+    early = run("generate", tmp_path / "run", "the q", "--step", 1)
+    assert early.exit_code == 0
+    made = run("convert", tmp_path / "run", tmp_path / "hf", "--dtype", "bfloat16")
+    assert made.exit_code == 0, made.output
+    model = pj.load(tmp_path / "hf")
+    assert model.stored_dtype == "bfloat16" and model.tokenizer is not None
+    assert run("generate", tmp_path / "hf", "the q").exit_code == 0
+
+
+def test_dotted_flags_set_any_key(config: Path, tmp_path: Path) -> None:
+    result = run("train", config, "--training.steps", 2, "--optimizer.peak-learning-rate=2e-3",
+                 "--checkpoint.directory", tmp_path / "other")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    saved = configs.load(tmp_path / "other" / "config.yaml")
+    assert saved.training.steps == 2 and saved.optimizer.peak_learning_rate == 2e-3
+
+
+def test_batches_are_dumped_with_their_digest(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "batches.npy"
+    result = run("data", "batches", config, "--start", 2, "--stop", 5, "--out", out)
+    rows = np.load(out)
+    batches = data.batches(configs.load(config))
+    expected = np.concatenate([batches[step] for step in (2, 3, 4)])
+    np.testing.assert_array_equal(rows, expected)
+    assert hashlib.sha256(expected.astype("<i4").tobytes()).hexdigest() in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "absent.yaml"], "absent.yaml: there is no such config file"),
+        (["train", "CONFIG", "--training.stepz", "3"], "nearest known one is 'steps'"),
+        (["train", "CONFIG", "--training.steps", "0"], "training.steps: 0 is not possible"),
+        (["train", "CONFIG", "--training.steps"], "needs a value"),
+        (["train", "CONFIG", "spurious"], "spurious"),
+        (["generate", "absent", "x"], "absent: there is no such folder"),
+        (["data", "batches", "CONFIG", "--start", "4", "--stop", "9", "--out", "x.npy"], "0 to 6"),
+        (
+            ["data", "batches", "CONFIG", "--start", "0", "--stop", "1", "--split", "validation",
+             "--out", "x.npy"],
+            "data.validation",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line(config: Path, arguments: list[str], message: str) -> None:
+    output = refused(*[str(config) if a == "CONFIG" else a for a in arguments])
+    assert message in output
+
+
+def test_a_model_without_a_tokenizer_cannot_be_prompted(tmp_path: Path) -> None:
+    pj.save_hf(Model(random_params(TINY), TINY), tmp_path / "hf")
+    assert "no tokenizer" in refused("generate", tmp_path / "hf", "hello")

@@ -1,0 +1,118 @@
+"""Schedule and update against GPT-NeoX v1.0's published numbers and a reference written out."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pythia_jax import suite
+from pythia_jax.configs import OptimizerConfig
+from pythia_jax.model.parameters import TABLE, tree
+from pythia_jax.training.optimizer import learning_rate, optimizer
+
+STEPS = 143_000
+# lr(n) of update n of pythia-70m, by GPT-NeoX v1.0's own AnnealingLR.
+PUBLISHED = {
+    0: 0.0,
+    1: 6.993006993006994e-07,
+    2: 1.3986013986013987e-06,
+    512: 0.00035804195804195807,
+    1000: 0.0006993006993006993,
+    1430: 0.001,
+    1431: 0.0009999999998793387,
+    10000: 0.0009911641965803597,
+    50000: 0.0007413579850981182,
+    71500: 0.000515705379539064,
+    100000: 0.00021986750263500399,
+    115138: 0.00010000602830071032,
+    115139: 0.0001,
+    142999: 0.0001,
+}
+
+
+@pytest.mark.parametrize("size", suite.SUITE)
+def test_learning_rates_are_those_of_gpt_neox_for_every_size(size: str) -> None:
+    entry = suite.SUITE[size]
+    config = OptimizerConfig(
+        peak_learning_rate=entry.peak_learning_rate, min_learning_rate=entry.min_learning_rate
+    )
+    schedule = learning_rate(config, STEPS)
+    for update, rate in PUBLISHED.items():
+        assert float(schedule(update)) == pytest.approx(
+            rate * entry.peak_learning_rate / 1e-3, rel=1e-15, abs=0
+        )
+
+
+def test_all_rates_of_a_run_sum_to_the_published_figure_and_rest_on_the_floor() -> None:
+    rates = learning_rate(OptimizerConfig(), STEPS)(np.arange(STEPS))
+    assert math.fsum(rates) == pytest.approx(74.01100997620222, rel=1e-15)
+    assert (rates == 1e-4).sum() == 27_862  # one of them passed by in the warm-up
+    assert (rates[115_139:] == 1e-4).all() and rates[115_138] > 1e-4
+
+
+def test_it_is_not_the_schedule_of_later_gpt_neox() -> None:
+    assert abs(float(learning_rate(OptimizerConfig(), STEPS)(50_000)) - 0.0007629620) > 1e-5
+
+
+def test_inside_jit_the_rate_is_the_same_to_float32() -> None:
+    schedule = learning_rate(OptimizerConfig(), STEPS)
+    at = np.array(list(PUBLISHED))
+    inside = jax.jit(jax.vmap(schedule))(jnp.asarray(at))
+    np.testing.assert_allclose(inside, schedule(at), rtol=1e-5)
+
+
+def test_without_warmup_the_first_update_has_the_peak_rate() -> None:
+    schedule = learning_rate(OptimizerConfig(warmup_fraction=0.0), 100)
+    assert float(schedule(0)) == 1e-3
+
+
+def _leaves(value: float) -> dict:
+    return tree(lambda p: jnp.full((3,), value))
+
+
+def test_updates_follow_adamw_with_correction_one_step_ahead_and_clipping() -> None:
+    config = OptimizerConfig(warmup_fraction=0.1, gradient_clip=1.0)
+    transform = optimizer(config, steps=10)
+    schedule = learning_rate(config, 10)
+    rng = np.random.default_rng(1)
+    params = tree(lambda p: jnp.asarray(rng.standard_normal(3), jnp.float32))
+    expected = {p: np.asarray(v, np.float64) for p, v in _flat(params).items()}
+    m = {p: np.zeros(3) for p in expected}
+    v = {p: np.zeros(3) for p in expected}
+    state = transform.init(params)
+    for k in range(1, 8):
+        scale = 0.01 if k == 3 else 2.0  # once below the clip
+        gradients = tree(lambda p, s=scale: jnp.asarray(s * rng.standard_normal(3), jnp.float32))
+        updates, state = transform.update(gradients, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+
+        flat = {p: np.asarray(g, np.float64) for p, g in _flat(gradients).items()}
+        norm = math.sqrt(sum((g**2).sum() for g in flat.values()))
+        clip = max(1.0, norm + 1e-6)
+        rate = float(schedule(k - 1))
+        for parameter in TABLE:
+            path = parameter.path
+            g = flat[path] / clip
+            m[path] = 0.9 * m[path] + 0.1 * g
+            v[path] = 0.95 * v[path] + 0.05 * g * g
+            ahead = k + 1
+            step = (m[path] / (1 - 0.9**ahead)) / (np.sqrt(v[path] / (1 - 0.95**ahead)) + 1e-8)
+            decay = 0.1 if parameter.path.split("/")[-1] in ("kernel", "embedding") else 0.0
+            expected[path] = expected[path] - rate * (step + decay * expected[path])
+    for path, value in _flat(params).items():
+        np.testing.assert_allclose(value, expected[path], rtol=0, atol=2e-6)
+
+
+def test_the_first_update_changes_nothing() -> None:
+    transform = optimizer(OptimizerConfig(), steps=1000)
+    params = _leaves(0.5)
+    updates, _ = transform.update(_leaves(1.0), transform.init(params), params)
+    assert all((np.asarray(u) == 0).all() for u in jax.tree.leaves(updates))
+
+
+def _flat(params: dict) -> dict:
+    from flax import traverse_util
+
+    return traverse_util.flatten_dict(params, sep="/")
