@@ -42,7 +42,8 @@ def random_params(config: ModelConfig, seed: int = 0, dtype: type = np.float32) 
     return tree(leaf)
 
 
-def random_tokens(config: ModelConfig, batch: int, seq: int, seed: int = 0) -> np.ndarray:
+def random_tokens(config: ModelConfig, batch: int, seq: int, seed: int = 0) -> Any:
+    """An int32 NumPy array; typed so that it goes where JAX arrays go, as it does."""
     return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, seq)).astype(np.int32)
 
 
@@ -54,7 +55,9 @@ def hf_model(
 ) -> GPTNeoXForCausalLM:
     """transformers' model with these weights, in eval mode."""
     fields = hf.config_json(config, "float32", eod=0)
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(**fields, attn_implementation=attention)).to(dtype)
+    fields["attn_implementation"] = attention
+    model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**fields))
+    model = model.to(dtype)
     state = {name: torch.tensor(np.asarray(value)) for name, value in hf.tensors(params)}
     state["lm_head.weight"] = state.pop("embed_out.weight")
     missing, surplus = model.load_state_dict(state, strict=False)
@@ -145,7 +148,7 @@ class HFSites:
         arrays = [value.detach().numpy() for value in values]
         return arrays[0] if site in ("embed", "ln_final") else np.stack(arrays)
 
-    def _see(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+    def _see(self, site: str, layer: int, value: Any) -> torch.Tensor:
         value = value.clone()
         if site in self._change:
             value = self._change[site](layer, value)

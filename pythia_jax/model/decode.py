@@ -129,8 +129,8 @@ def _check(
 
 
 def _round_up(length: int) -> int:
-    """The next multiple of an eighth of the next power of two, at least 16."""
-    step = max(16, 1 << (length - 1).bit_length() - 3) if length > 1 else 16
+    """The next multiple of an eighth of the next power of two, and of 16 at least."""
+    step = max(16, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step
 
 

@@ -174,6 +174,12 @@ def test_nothing_asked_for_gives_nothing_and_the_context_can_be_filled() -> None
     assert len(full[0]) <= 8
 
 
+def test_prompts_of_every_length_are_taken() -> None:
+    widths = {decode._round_up(length) for length in range(1, 2049)}
+    assert all(decode._round_up(length) >= length for length in range(1, 2049))
+    assert len(widths) < 40
+
+
 def test_bfloat16_generates() -> None:
     new = pj.generate(
         sharp(), PROMPTS, max_new_tokens=4, temperature=0.0, runtime=Runtime(dtype="bfloat16")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from reference import TINY, distance, hf_logits, hf_model, random_params, random_tokens
 from transformers import GPTNeoXConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
@@ -18,7 +19,6 @@ from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.model.attention import inverse_frequencies, rotary_table
 from pythia_jax.model.gptneox import forward
 from pythia_jax.model.loss import loss
-from tests.reference import TINY, distance, hf_logits, hf_model, random_params, random_tokens
 
 ODD = {
     "five heads of 16": replace(TINY, hidden_size=80, num_attention_heads=5),
@@ -111,7 +111,7 @@ import jax, numpy as np, torch
 from dataclasses import replace
 from pythia_jax.configs import ModelConfig
 from pythia_jax.model.gptneox import forward
-from tests.reference import TINY, hf_logits, hf_model, random_params, random_tokens
+from reference import TINY, hf_logits, hf_model, random_params, random_tokens
 
 assert jax.numpy.zeros(1).dtype == np.float64  # JAX_ENABLE_X64
 configs = [

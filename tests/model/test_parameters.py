@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from reference import TINY, random_params
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from pythia_jax.bridge import hf
 from pythia_jax.configs import ModelConfig
 from pythia_jax.model import parameters
 from pythia_jax.model.parameters import TABLE
-from tests.reference import TINY, random_params
 
 # Total, non-embedding, not decayed, tensors: those of the Hugging Face model cards (70m to 2.8b)
 # and total = 2 V h + L (12 h^2 + 13 h) + 2 h.

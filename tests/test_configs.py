@@ -1,0 +1,450 @@
+"""Configurations: what is wrong is said in one line, what is right comes back as it went."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pythia_jax import configs, suite
+from pythia_jax.configs import (
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    Runtime,
+    TrainingConfig,
+    from_dict,
+    to_dict,
+)
+
+SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
+
+
+def error_of(mapping):
+    with pytest.raises(ConfigError) as error:
+        from_dict(mapping)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("mapping", "key", "nearest"),
+    [
+        ({"modle": {}}, "modle", "model"),
+        ({"model": {**SMALL, "hidden_szie": 64}}, "model.hidden_szie", "hidden_size"),
+        ({"model": {"sise": "70m"}}, "model.sise", "size"),
+        ({"optimizer": {"peak_lr": 1.0}}, "optimizer.peak_lr", None),
+        ({"optimizer": {"weight_decy": 1.0}}, "optimizer.weight_decy", "weight_decay"),
+        ({"training": {"step": 3}}, "training.step", "steps"),
+        ({"checkpoint": {"extra_step": []}}, "checkpoint.extra_step", "extra_steps"),
+        ({"data": {"sequence_len": 64}}, "data.sequence_len", "sequence_length"),
+        ({"evaluation": {"evry": 3}}, "evaluation.evry", "every"),
+        ({"logging": {"Every": 3}}, "logging.Every", "every"),
+        ({3: "x"}, "3", None),
+        ({None: "x"}, "None", None),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_unknown_key_is_an_error_that_names_the_nearest(mapping, key, nearest):
+    message = error_of(mapping)
+    assert message.startswith(f"{key}: unknown key")
+    assert "nearest" in message
+    if nearest:
+        assert f"'{nearest}'" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("training.steps", "many", "a whole number"),
+        ("training.steps", 1.5, "a whole number"),
+        ("training.steps", True, "a whole number"),
+        ("training.steps", None, "a whole number"),
+        ("training.steps", [3], "a whole number"),
+        ("training.precision", "float8", "bfloat16"),
+        ("training.precision", None, "bfloat16"),
+        ("training.remat", True, "none, dots, full"),
+        ("optimizer.eps", "tiny", "a number"),
+        ("optimizer.eps", True, "a number"),
+        ("optimizer.eps", None, "a number"),
+        ("optimizer.eps", [1e-8], "a number"),
+        ("optimizer.betas", 0.9, "a list"),
+        ("optimizer.betas", [0.9], "2 items"),
+        ("optimizer.betas", [0.9, "x"], "a number"),
+        ("optimizer.schedule", "cosine", "neox_v1"),
+        ("data.train", "one/path", "a list"),
+        ("data.train", [3], "text"),
+        ("data.train", {"a": 1}, "a list"),
+        ("data.order", 3, "neox, preshuffled"),
+        ("data.order", ["neox"], "neox, preshuffled"),
+        ("name", 3, "text"),
+        ("data", 3, "a section"),
+        ("data", [1], "a section"),
+        ("model", "70m", "a section"),
+        ("model.size", 70, "text"),
+        ("model.use_parallel_residual", "yes please", "true or false"),
+        ("model.use_parallel_residual", 1, "true or false"),
+        ("model.hidden_act", 3, "text"),
+    ],
+    ids=str,
+)
+def test_wrong_type_is_an_error_that_names_key_value_and_type(key, value, wanted):
+    *sections, last = key.split(".")
+    mapping = {last: value}
+    if sections == ["model"] and last != "size":
+        mapping = {**SMALL, **mapping}
+    for section in reversed(sections):
+        mapping = {section: mapping}
+    message = error_of(mapping)
+    assert message.startswith(key)
+    assert repr(value) in message or "'x'" in message or "[0]: 3" in message
+    assert wanted in message
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "also"),
+    [
+        ("model.num_attention_heads", 5, {}),
+        ("model.num_attention_heads", 0, {}),
+        ("model.hidden_size", 0, {}),
+        ("model.hidden_size", -48, {}),
+        ("model.num_hidden_layers", 0, {}),
+        ("model.vocab_size", 0, {}),
+        ("model.intermediate_size", 0, {}),
+        ("model.intermediate_size", -2, {}),
+        ("model.max_position_embeddings", 0, {}),
+        ("model.rotary_pct", 0.2, {}),  # 3 of 16
+        ("model.rotary_pct", 1.1, {}),
+        ("model.rotary_pct", -0.5, {}),
+        ("model.rotary_pct", NAN, {}),
+        ("model.rotary_emb_base", 0, {}),
+        ("model.rotary_emb_base", INFINITY, {}),
+        ("model.layer_norm_eps", 0, {}),
+        ("model.layer_norm_eps", NAN, {}),
+        ("model.hidden_act", "relu", {}),
+        ("model.initializer", "xavier", {}),
+        ("data.sequence_length", 0, {}),
+        ("data.sequence_length", 4096, {"model": SMALL}),
+        ("data.seed", -1, {}),
+        ("data.seed", 2**32, {}),
+        ("data.train_weights", [1.0], {}),
+        ("data.train_weights", [1.0, -1.0], {"data": {"train": ["a", "b"]}}),
+        ("data.train_weights", [1.0, 0.0], {"data": {"train": ["a", "b"]}}),
+        ("data.train_weights", [1.0, NAN], {"data": {"train": ["a", "b"]}}),
+        ("data.train_weights", [1.0, INFINITY], {"data": {"train": ["a", "b"]}}),
+        ("data.validation_weights", [1.0], {"data": {"validation": ["a", "b"]}}),
+        ("data.test_weights", [1.0], {"data": {"test": ["a", "b"]}}),
+        ("optimizer.peak_learning_rate", 0, {}),
+        ("optimizer.peak_learning_rate", -1, {}),
+        ("optimizer.peak_learning_rate", NAN, {}),
+        ("optimizer.peak_learning_rate", INFINITY, {}),
+        ("optimizer.min_learning_rate", 2e-3, {}),
+        ("optimizer.min_learning_rate", -1e-9, {}),
+        ("optimizer.min_learning_rate", NAN, {}),
+        ("optimizer.warmup_fraction", 1.0, {}),
+        ("optimizer.warmup_fraction", -0.1, {}),
+        ("optimizer.betas", [0.9, 1.0], {}),
+        ("optimizer.betas", [-0.1, 0.9], {}),
+        ("optimizer.eps", 0, {}),
+        ("optimizer.eps", INFINITY, {}),
+        ("optimizer.weight_decay", -0.1, {}),
+        ("optimizer.weight_decay", INFINITY, {}),
+        ("optimizer.gradient_clip", 0, {}),
+        ("training.steps", 0, {}),
+        ("training.batch_size", 0, {}),
+        ("training.gradient_accumulation", 0, {}),
+        ("training.gradient_accumulation", 3, {"training": {"batch_size": 8}}),
+        ("training.seed", -1, {}),
+        ("checkpoint.every", 0, {}),
+        ("checkpoint.extra_steps", [-1], {}),
+        ("checkpoint.resume_every_minutes", 0, {}),
+        ("checkpoint.resume_every_minutes", NAN, {}),
+        ("checkpoint.keep_resume", 0, {}),
+        ("evaluation.every", 0, {}),
+        ("evaluation.steps", -1, {}),
+        ("logging.every", 0, {}),
+    ],
+    ids=str,
+)
+def test_impossible_value_is_an_error_that_names_key_and_value(key, value, also):
+    section, last = key.split(".")
+    mapping = {name: dict(values) for name, values in also.items()}
+    if section == "model":
+        mapping["model"] = dict(SMALL)
+    mapping.setdefault(section, {})[last] = value
+    message = error_of(mapping)
+    assert re.match(rf"{re.escape(key)}(\[\d\])?: ", message)
+    numbers = value if isinstance(value, list) else [value]
+    wrong = [n for n in numbers if isinstance(n, float) and not math.isfinite(n)] or numbers
+    assert all(str(number) in message for number in wrong)
+
+
+def test_impossible_values_are_refused_when_made_in_python_too():
+    for make in (
+        lambda: ModelConfig(50, 2, 3),
+        lambda: OptimizerConfig(min_learning_rate=1.0),
+        lambda: TrainingConfig(steps=0),
+        lambda: CheckpointConfig(every=0),
+        lambda: DataConfig(train=("a",), train_weights=(1.0, 2.0)),
+        lambda: Runtime(loss_chunk=0),
+        lambda: Runtime(attention="flash"),  # type: ignore[arg-type]
+        lambda: Runtime(dtype="float16"),  # type: ignore[arg-type]
+        lambda: Runtime(remat="some"),  # type: ignore[arg-type]
+        lambda: Runtime(loss="plain"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ConfigError):
+            make()
+
+
+def test_missing_field_of_a_model_is_named():
+    message = error_of({"model": {"hidden_size": 48}})
+    assert message.startswith("model.num_hidden_layers: missing")
+
+
+def test_configs_are_frozen_and_hashable():
+    config = ModelConfig.from_size("14m")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.hidden_size = 3  # type: ignore[misc]
+    assert hash(config) == hash(ModelConfig.from_size("pythia-14m"))
+    assert hash(from_dict({})) == hash(RunConfig())
+
+
+def test_size_stands_for_the_fields_of_the_suite():
+    config = from_dict({"model": {"size": "70m"}}).model
+    assert config == ModelConfig.from_size("70m")
+    assert config is not None
+    shape = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
+    assert (*shape, config.vocab_size, config.intermediate_size) == (512, 6, 8, 50304, 2048)
+    assert (config.rotary_pct, config.hidden_act) == (0.25, "gelu_pytorch_tanh")
+    largest = from_dict({"model": {"size": "EleutherAI/pythia-12b-deduped"}}).model
+    assert largest is not None and largest.initializer == "normal_scaled"
+
+
+@pytest.mark.parametrize("order", [("size", "vocab_size"), ("vocab_size", "size")])
+def test_fields_beside_size_override_it_in_any_order(order):
+    values = {"size": "14m", "vocab_size": 4096}
+    config = from_dict({"model": {key: values[key] for key in order}}).model
+    assert config == ModelConfig.from_size("14m", vocab_size=4096)
+    assert config is not None and config.vocab_size == 4096
+
+
+def test_width_beside_size_widens_the_mlp_with_it():
+    config = from_dict({"model": {"size": "14m", "hidden_size": 256}}).model
+    assert config is not None and config.intermediate_size == 1024
+
+
+def test_unknown_size_names_the_nearest():
+    message = error_of({"model": {"size": "71m"}})
+    assert message.startswith("model.size: ") and "'71m'" in message and "70m" in message
+
+
+def test_empty_sections_and_empty_files_are_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    for text in ("", "# nothing\n", "data:\noptimizer:\n", "{}\n"):
+        file.write_text(text)
+        assert configs.load(file) == RunConfig()
+
+
+FULL = {
+    "name": "a run",
+    "model": {**SMALL, "rotary_pct": 0.5, "use_parallel_residual": False},
+    "data": {
+        "train": ["a/b", "c d"],
+        "train_weights": [0.3, 1],
+        "validation": ["v"],
+        "sequence_length": 64,
+        "seed": 0,
+    },
+    "tokenizer": "tokenizer.json",
+    "optimizer": {"peak_learning_rate": 0.1 + 0.2, "betas": [0.9, 0.999], "eps": 1e-12},
+    "training": {"steps": 7, "batch_size": 6, "gradient_accumulation": 3, "remat": "dots"},
+    "checkpoint": {"directory": "x/y: z", "every": 3, "extra_steps": [], "archive": "params"},
+    "evaluation": {"every": 2, "steps": 0},
+    "logging": {"every": 1},
+}
+
+
+@pytest.mark.parametrize(
+    "mapping", [{}, FULL, {"model": {"size": "2.8b"}}], ids=["empty", "full", "size"]
+)
+def test_round_trips_give_the_same_config(mapping, tmp_path):
+    config = from_dict(mapping)
+    assert from_dict(to_dict(config)) == config
+    file = tmp_path / "saved.yaml"
+    configs.save(config, file)
+    assert configs.load(file) == config
+    assert yaml.safe_load(file.read_text()) == to_dict(config)
+    configs.save(configs.load(file), tmp_path / "again.yaml")
+    assert (tmp_path / "again.yaml").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("size", suite.SUITE)
+def test_every_size_round_trips(size, tmp_path):
+    config = RunConfig(model=ModelConfig.from_size(size))
+    configs.save(config, tmp_path / "run.yaml")
+    assert configs.load(tmp_path / "run.yaml") == config
+
+
+def test_dict_of_a_config_holds_plain_values_only():
+    def kinds(value):
+        if isinstance(value, dict):
+            return set().union(*map(kinds, value.values()), *map(kinds, value))
+        if isinstance(value, list):
+            return set().union({list}, *map(kinds, value))
+        return {type(value)}
+
+    assert kinds(to_dict(from_dict(FULL))) <= {str, int, float, bool, list, type(None)}
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "0.001", ".001", "'1e-3'"])
+def test_a_float_may_be_written_in_every_usual_way(text, tmp_path):
+    # YAML 1.1 takes 1e-3, without a point, for text.
+    file = tmp_path / "run.yaml"
+    file.write_text(f"optimizer: {{peak_learning_rate: {text}}}\n")
+    assert configs.load(file).optimizer.peak_learning_rate == 0.001
+    overridden = configs.load(file, {"optimizer.min_learning_rate": text.strip("'")})
+    assert overridden.optimizer.min_learning_rate == 0.001
+
+
+def test_whole_numbers_serve_as_floats_and_not_the_other_way(tmp_path):
+    assert type(from_dict({"optimizer": {"gradient_clip": 1}}).optimizer.gradient_clip) is float
+    file = tmp_path / "run.yaml"
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match=r"training\.steps: 1000\.0 should be a whole number"):
+        configs.load(file, {"training.steps": "1000.0"})
+
+
+def test_dotted_overrides_reach_every_section_with_dashes_or_underscores(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {size: 14m}\noptimizer: {weight_decay: 0.5}\n")
+    config = configs.load(
+        file,
+        {
+            "optimizer.peak-learning-rate": "2e-3",
+            "optimizer.betas": "[0.8, 0.9]",
+            "training.batch_size": "16",
+            "data.train": "[a, b-c]",
+            "model.vocab-size": "512",
+            "model.use-parallel-residual": "false",
+            "name": "other-name",
+            "tokenizer": "null",
+            "checkpoint.extra-steps": "[]",
+        },
+    )
+    assert config.optimizer.peak_learning_rate == 2e-3
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.optimizer.weight_decay == 0.5
+    assert config.training.batch_size == 16
+    assert config.data.train == ("a", "b-c")
+    assert config.model == ModelConfig.from_size("14m", vocab_size=512, use_parallel_residual=False)
+    assert (config.name, config.tokenizer) == ("other-name", None)
+    assert config.checkpoint.directory == "runs/other-name"
+    assert config.checkpoint.extra_steps == ()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"optimizer.peak-lerning-rate": "1"}, "optimizer.peak_lerning_rate: unknown key"),
+        ({"optimizer.eps.more": "1"}, "optimizer.eps"),
+        ({"name.more": "1"}, "name"),
+        ({"training.steps": "many"}, "training.steps: 'many'"),
+        ({"training.steps": "0"}, "training.steps: 0"),
+        ({"training.steps": ""}, "training.steps"),
+        ({"": "1"}, "unknown key"),
+        ({"training.": "1"}, "training"),
+        ({"training": "3"}, "training: 3 should be a section"),
+        ({"training.steps": "["}, "training.steps"),
+    ],
+    ids=str,
+)
+def test_wrong_override_is_an_error_that_names_the_key(overrides, message, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("name: x\noptimizer: {eps: 1.0e-8}\n")
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        configs.load(file, overrides)
+    assert "nearest known one is 'peak_learning_rate'" in str(error.value) or "lerning" not in (
+        message
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"training: {steps: 0}", "training.steps: 0"),
+        (b"trainin: {}", "'training'"),
+        (b"- a\n- b\n", "sections"),
+        (b"just text", "sections"),
+        (b"a: [", "not valid YAML"),
+        (b"a: \xff\xfe", "cannot be read"),
+        (b"name: a\n\x00", "not valid YAML"),
+        (b"!!python/object:os.system x", "not valid YAML"),
+    ],
+    ids=str,
+)
+def test_wrong_file_is_one_error_that_names_the_file(content, message, tmp_path):
+    file = tmp_path / "some run.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        configs.load(file)
+    assert str(error.value).startswith(f"{file}: ")
+    assert message in str(error.value)
+
+
+def test_missing_file_and_folder_are_config_errors(tmp_path):
+    with pytest.raises(ConfigError, match="there is no such config file"):
+        configs.load(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        configs.load(tmp_path)
+
+
+def test_checkpoint_steps_of_a_whole_run_are_the_154_of_the_suite():
+    config = RunConfig(model=ModelConfig.from_size("70m"))
+    assert config.training.steps == 143_000
+    assert config.checkpoint_steps == suite.CHECKPOINT_STEPS
+    assert (len(config.checkpoint_steps), sum(config.checkpoint_steps)) == (154, 10_297_023)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "extra", "expected"),
+    [
+        (1, 1000, (0, 1, 2), (0, 1)),
+        (3, 1000, (0, 1, 2, 4), (0, 1, 2, 3)),
+        (7, 3, (), (3, 6, 7)),
+        (6, 3, (5,), (3, 5, 6)),
+        (6, 1, (9,), (1, 2, 3, 4, 5, 6)),
+    ],
+)
+def test_checkpoint_steps_are_cut_at_the_last_which_is_kept(steps, every, extra, expected):
+    config = RunConfig(
+        training=TrainingConfig(steps=steps),
+        checkpoint=CheckpointConfig(every=every, extra_steps=extra),
+    )
+    assert config.checkpoint_steps == expected
+
+
+def test_run_name_makes_the_checkpoint_directory_unless_one_is_given():
+    assert RunConfig(name="a").checkpoint.directory == "runs/a"
+    given = CheckpointConfig(directory="elsewhere")
+    assert RunConfig(name="a", checkpoint=given).checkpoint.directory == "elsewhere"
+
+
+def test_runtime_of_a_run_is_what_its_training_section_says():
+    training = TrainingConfig(precision="float32", attention="einsum", remat="dots")
+    runtime = RunConfig(training=training).runtime
+    assert (runtime.dtype, runtime.attention, runtime.remat) == ("float32", "einsum", "dots")
+
+
+def test_config_file_may_be_named_by_text_or_path(tmp_path):
+    file = tmp_path / "run.yaml"
+    configs.save(RunConfig(), str(file))
+    assert configs.load(str(file)) == configs.load(Path(file))
