@@ -8,6 +8,7 @@ the nearest one that exists.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -116,6 +117,11 @@ class ModelConfig:
         return self.hidden_act in TANH_GELU
 
     @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> "ModelConfig":
+        """From plain values, every key and type checked; raises ConfigError."""
+        return _build(cls, mapping, "model")
+
+    @classmethod
     def from_size(cls, name: str, **overrides: Any) -> "ModelConfig":
         """The model of a suite size (`70m`, `pythia-70m-deduped`, old names too)."""
         return cls(**{**_size_fields(name), **overrides})
@@ -160,6 +166,11 @@ class Runtime:
     scan_layers: bool = True
     loss: Literal["fused", "remat"] = "fused"
     loss_chunk: int = 512
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(Runtime).items():
+            _convert(getattr(self, name), hint, f"runtime.{name}")
+        _require(self.loss_chunk >= 1, "runtime.loss_chunk", self.loss_chunk, "at least 1 token")
 
 
 @dataclass(frozen=True)
@@ -513,9 +524,12 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if hint is float and not isinstance(value, bool):
         # YAML 1.1 reads 1e-3, which has no point, as text.
         try:
-            return float(value)
+            number = float(value)
         except (TypeError, ValueError):
             pass
+        else:
+            _require(math.isfinite(number), key, number, "it must be finite")
+            return number
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{key}: {value!r} should be {_TYPE_NAMES.get(hint, hint)}")

@@ -31,6 +31,19 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+COPIED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "layer_norm_eps",
+    "use_parallel_residual",
+)
+"""Fields of `config.json` that mean the same in `ModelConfig`."""
+STORED_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""safetensors' names of what weights may be stored in, and what each is exported in."""
 _BUFFER = re.compile(r"attention\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
 """Buffers of old transformers releases, stored beside the weights."""
 
@@ -53,8 +66,10 @@ def read_config(folder: Path) -> ModelConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{folder}: no config.json; is this a Hugging Face folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
     if raw.get("model_type") != "gpt_neox":
         raise ConfigError(
             f"{path}: model_type is {raw.get('model_type')!r}; only 'gpt_neox' is known here"
@@ -65,6 +80,8 @@ def read_config(folder: Path) -> ModelConfig:
         raise ConfigError(f"{path}: attention_bias is false; this model has attention biases")
     # transformers 5 nests the rotary fields, 4.4x wrote them flat under new names.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{path}: rope_parameters: {rope!r} should be a JSON object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ConfigError(f"{path}: rotary scaling {kind!r} is not supported")
@@ -76,22 +93,16 @@ def read_config(folder: Path) -> ModelConfig:
         raw.get("rotary_pct"), rope.get("partial_rotary_factor"), raw.get("partial_rotary_factor")
     )
     base = first(raw.get("rotary_emb_base"), rope.get("rope_theta"), raw.get("rope_theta"))
+    fields = {name: raw[name] for name in COPIED if name in raw}
+    fields["hidden_act"] = raw.get("hidden_act", "gelu")
+    if rotary_pct is not None:
+        fields["rotary_pct"] = rotary_pct
+    if base is not None:
+        fields["rotary_emb_base"] = base
+    if "vocab_size" not in fields:
+        raise ConfigError(f"{path}: vocab_size is missing")
     try:
-        return ModelConfig(
-            hidden_size=raw["hidden_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=raw["num_attention_heads"],
-            vocab_size=raw["vocab_size"],
-            intermediate_size=raw.get("intermediate_size", -1),
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            rotary_pct=0.25 if rotary_pct is None else float(rotary_pct),
-            rotary_emb_base=10000.0 if base is None else float(base),
-            layer_norm_eps=float(raw.get("layer_norm_eps", 1e-5)),
-            hidden_act=raw.get("hidden_act", "gelu"),
-            use_parallel_residual=raw.get("use_parallel_residual", True),
-        )
-    except KeyError as error:
-        raise ConfigError(f"{path}: {error.args[0]} is missing") from None
+        return ModelConfig.from_dict(fields)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -134,17 +145,23 @@ def config_json(config: ModelConfig, dtype: str, eod: int) -> dict[str, Any]:
 def tensors(params: Params, dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """Each tensor's Hugging Face name and value, in torch's orientation, one at a time."""
     for parameter, array in parameter_items(params):
-        if not parameter.stacked:
-            yield parameter.hf, _to_torch(parameter, array, dtype)
-            continue
-        for layer in range(array.shape[0]):
-            yield parameter.hf.format(layer=layer), _to_torch(parameter, array[layer], dtype)
+        layers = array if parameter.stacked else [array]
+        for layer in range(len(layers)):
+            name = parameter.hf.format(layer=layer)
+            yield name, _to_torch(name, parameter, layers[layer], dtype)
 
 
-def _to_torch(parameter: Parameter, array: Any, dtype: np.dtype | None) -> np.ndarray:
+def _to_torch(name: str, parameter: Parameter, array: Any, dtype: np.dtype | None) -> np.ndarray:
     value = np.asarray(array)
-    if dtype is not None:
-        value = value.astype(dtype)
+    if dtype is not None and dtype != value.dtype:
+        with np.errstate(over="ignore"):
+            rounded = value.astype(dtype)
+        if dtype == np.float16 and (np.isinf(rounded) & np.isfinite(value)).any():
+            raise ValueError(
+                f"{name} holds {np.abs(value).max():.6g}, which float16 cannot; "
+                "export in bfloat16 or float32"
+            )
+        value = rounded
     return np.ascontiguousarray(value.T if parameter.transposed else value)
 
 
@@ -168,6 +185,10 @@ def load(folder: Path, dtype: DTypeLike = jnp.float32) -> Model:
             if absent:
                 raise CheckpointError(f"{path}: the index promises {absent[0]}, which is not in it")
             for name in names or stored:
+                if _canonical(name) in slices:
+                    raise CheckpointError(
+                        f"{path}: {name} is {_canonical(name)}, which is there already"
+                    )
                 slices[_canonical(name)] = (handle, name)
         _check_names(folder, config, slices)
         for handle, name in slices.values():
@@ -191,10 +212,13 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
         raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
     try:
         weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        places = list(weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from None
     files: dict[Path, list[str] | None] = {}
-    for name, file in weight_map.items():
+    for name, file in places:
+        if Path(file).name != file:
+            raise CheckpointError(f"{index}: {file!r} is not the name of a file beside it")
         names = files.setdefault(folder / file, [])
         assert names is not None
         names.append(name)
@@ -231,6 +255,9 @@ def _check_names(folder: Path, config: ModelConfig, slices: dict) -> None:
         shape = tuple(handle.get_slice(stored).get_shape())
         if shape != expected[name]:
             problems.append(f"{name} has shape {shape}, config.json wants {expected[name]}")
+        kind = handle.get_slice(stored).get_dtype()
+        if kind not in STORED_DTYPES:
+            problems.append(f"{name} holds {kind}, not floats")
     if problems:
         raise CheckpointError(
             f"{folder}: the weights do not fit config.json: {'; '.join(problems)}"
@@ -249,10 +276,7 @@ def _read(parameter: Parameter, config: ModelConfig, slices: dict, dtype: np.dty
 
 
 def _stored_dtype(found: set[str]) -> str:
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    if len(found) == 1:
-        return names.get(found.copy().pop(), "float32")
-    return "float32"
+    return STORED_DTYPES[next(iter(found))] if len(found) == 1 else "float32"
 
 
 def _read_tokenizer_files(folder: Path) -> dict[str, bytes]:
@@ -268,12 +292,20 @@ def save(
     dtype: `float32`, `float16` or `bfloat16`; None keeps the one the weights were stored in.
     max_shard_size: bytes; more weights than that are cut into shards with an index.
 
-    Written beside the target first and moved there whole. Raises ValueError for an unknown dtype
-    and FileExistsError if something that is no model lies at `folder`.
+    Written beside the target first and moved there whole. Raises ValueError for an unknown dtype,
+    for values that float16 cannot hold and for the current folder, and FileExistsError if
+    something that is no model lies at `folder`.
     """
     dtype = dtype or model.stored_dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if max_shard_size is not None and max_shard_size < 1:
+        raise ValueError(f"max_shard_size {max_shard_size} is not a number of bytes above 0")
+    folder = folder.resolve()
+    if folder == Path.cwd():
+        raise ValueError(f"{folder} is the current folder, which cannot be replaced; name another")
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; choose another place")
     if folder.exists() and any(folder.iterdir()) and not is_hf_folder(folder):
         raise FileExistsError(f"{folder} holds something that is not a model; choose another place")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -290,8 +322,12 @@ def save(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(folder, ignore_errors=True)
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
     partial.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def tokenizer_files(model: Model) -> dict[str, bytes]:
@@ -303,6 +339,9 @@ def tokenizer_files(model: Model) -> dict[str, bytes]:
     if model.tokenizer is None or model.tokenizer.token_to_id(end) is None:
         return files
     special = {"bos_token": end, "eos_token": end, "unk_token": end}
+    if model.tokenizer.token_to_id("<|padding|>") is None:
+        # transformers would add its default, <|padding|>, with an id that the model does not have.
+        special["pad_token"] = end
     config = {
         "add_prefix_space": False,
         **special,

@@ -25,7 +25,7 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer, or None if it came without."""
+        """The tokenizer, or None if it came without. Raises ValueError if it cannot be read."""
         content = self.tokenizer_files.get("tokenizer.json")
         return None if content is None else _parse_tokenizer(content)
 
@@ -38,4 +38,7 @@ class Model:
 
 @functools.lru_cache(maxsize=8)
 def _parse_tokenizer(content: bytes) -> Tokenizer:
-    return Tokenizer.from_buffer(content)
+    try:
+        return Tokenizer.from_buffer(content)
+    except Exception as error:  # what `tokenizers` raises has no narrower type
+        raise ValueError(f"tokenizer.json is not a tokenizer: {error}") from None

@@ -31,7 +31,7 @@ def inverse_frequencies(rotary_size: int, base: float) -> np.ndarray:
     by one unit in the last place of a frequency, which 2048 positions turn into 6e-5.
     """
     exponent = np.arange(0, rotary_size, 2, dtype=np.float32) / np.float32(rotary_size)
-    return np.float32(1) / np.float32(base ** exponent.astype(np.float64))
+    return np.float32(1) / (base ** exponent.astype(np.float64)).astype(np.float32)
 
 
 @functools.cache
@@ -92,7 +92,7 @@ def attend(q: Queries, k: Queries, v: Queries, kernel: str, hooks: Callable) -> 
     return _blockwise_attention(q, k, v)
 
 
-def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _softmax(scores: jax.Array, visible: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Unnormalised exponentials and their sums, both at least float32."""
     scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
     # The shift cancels in the quotient, in every derivative too.
@@ -116,6 +116,7 @@ BLOCKS = 8
 add more pieces to the gradients of keys and values."""
 
 
+@jax.checkpoint  # Else every block would keep its own copy of the keys and values that it sees.
 def _blockwise_attention(q: Queries, k: Queries, v: Queries) -> Queries:
     seq = q.shape[1]
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))

@@ -41,7 +41,7 @@ def forward(
 
     Raises ValueError for an unknown site, a shape that does not fit, too long a sequence.
     """
-    capture = tuple(capture)
+    capture = (capture,) if isinstance(capture, str) else tuple(capture)
     hidden, captured = hidden_states(
         params, tokens, config, capture=capture, taps=taps, edits=edits, runtime=runtime
     )

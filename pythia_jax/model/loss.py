@@ -41,10 +41,14 @@ def loss(
     weights multiply each row's summed loss; the divisor stays batch x seq whatever they are, so
     that the derivative with respect to them is the influence of a row.
     """
-    batch, seq = tokens.shape[0], tokens.shape[1] - 1
     hidden, kernel, labels = _inputs(params, tokens, config, taps, edits, runtime)
+    batch, seq = labels.shape
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    weights = jnp.ones(batch, wide) if weights is None else weights.astype(wide)
+    weights = jnp.ones(batch, wide) if weights is None else jnp.asarray(weights, wide)
+    if weights.shape != (batch,):
+        raise ValueError(
+            f"weights of shape {weights.shape}: one for each of {batch} rows is wanted"
+        )
     weights = weights / (batch * seq)
     if runtime.loss == "fused":
         return fused_cross_entropy(hidden, kernel, weights, labels, runtime.loss_chunk)

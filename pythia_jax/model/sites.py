@@ -7,6 +7,7 @@ flows on. All three pass through `jax.lax.scan` and `jax.jit`; a site that nobod
 nothing to the compiled program.
 """
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -102,18 +103,26 @@ class Hooks:
             _check_site(item, "capture")
             self._whole.add(item)
             return
-        site, layers = item
+        try:
+            site, layers = item
+            layers = tuple(operator.index(layer) for layer in layers)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"capture: {item!r} is neither the name of a site nor a pair (site, layers), "
+                'such as ("resid_pre", [0, 2])'
+            ) from None
         _check_site(site, "capture")
         if SITES[site][0] != "layer":
             raise ValueError(f"capture: site {site!r} has no layers to choose from")
-        wrong = [layer for layer in layers if not 0 <= layer < self._layers]
-        if wrong or not layers:
+        if not layers or not all(0 <= layer < self._layers for layer in layers):
             raise ValueError(
                 f"capture: layers {list(layers)} of {site!r}: choose from 0 to {self._layers - 1}"
             )
         if len(set(layers)) != len(layers):
             raise ValueError(f"capture: layers {list(layers)} of {site!r} name one twice")
-        self._some[site] = tuple(layers)
+        if site in self._some:
+            raise ValueError(f"capture: layers of {site!r} are asked for twice; join them")
+        self._some[site] = layers
 
     def _place(self, site: str, role: str, array: jax.Array) -> None:
         argument = "taps" if role == "tap" else "edits"
@@ -136,9 +145,15 @@ class Hooks:
             self._constant.setdefault(site, {})[role] = constant
 
     def start(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
-        """Empty arrays for captures of chosen layers; the scan carries and fills them."""
+        """Empty arrays for captures of chosen layers; the scan carries and fills them.
+
+        dtype: of the computation; scores and pattern are at least float32.
+        """
+        wide = jnp.promote_types(dtype, jnp.float32)
         return {
-            site: jnp.zeros((len(layers), *self._shape[site][1:]), dtype)
+            site: jnp.zeros(
+                (len(layers), *self._shape[site][1:]), wide if site in MATERIALISED else dtype
+            )
             for site, layers in self._some.items()
         }
 
