@@ -427,7 +427,7 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> RunCon
     """
     path = Path(path)
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        mapping = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader) or {}
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -448,6 +448,20 @@ def save(config: RunConfig, path: str | Path) -> None:
     """Write the effective config as YAML."""
     text = yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=100)
     Path(path).write_text(text, encoding="utf-8")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one section; YAML's own loader keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key_node, _ in node.value:
+            if keys.count(key_node.value) > 1:
+                line = key_node.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key_node.value!r} stands twice in one section, line {line}"
+                )
+        return super().construct_mapping(node, deep)
 
 
 def _set_dotted(mapping: dict[str, Any], dotted: str, text: str) -> None:

@@ -2,21 +2,22 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import train_step  # noqa: E402
+SCRIPT = ROOT / "benchmarks" / "train_step.py"
+train_step = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "train_step.py", *arguments],
+        [sys.executable, SCRIPT, *arguments],
         capture_output=True,
         text=True,
         timeout=600,

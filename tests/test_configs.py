@@ -385,6 +385,7 @@ def test_wrong_override_is_an_error_that_names_the_key(overrides, message, tmp_p
         (b"- a\n- b\n", "sections"),
         (b"just text", "sections"),
         (b"a: [", "not valid YAML"),
+        (b"training: {steps: 3}\ntraining: {steps: 4}", "'training' stands twice"),
         (b"a: \xff\xfe", "cannot be read"),
         (b"name: a\n\x00", "not valid YAML"),
         (b"!!python/object:os.system x", "not valid YAML"),

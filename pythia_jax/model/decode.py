@@ -17,7 +17,15 @@ from tokenizers import Tokenizer
 
 from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.model import attention
-from pythia_jax.model.gptneox import block, cast, hidden_states, layer_norm, run_layers, unembed
+from pythia_jax.model.gptneox import (
+    AnyArray,
+    block,
+    cast,
+    hidden_states,
+    layer_norm,
+    run_layers,
+    unembed,
+)
 from pythia_jax.model.parameters import Params
 from pythia_jax.model.sites import Hooks
 
@@ -143,8 +151,8 @@ def _until_eod(row: list[int], eod: int) -> list[int]:
 )
 def _generate(
     params: Params,
-    tokens: Int[Array, "batch width"],
-    lengths: Int[Array, " batch"],
+    tokens: Int[AnyArray, "batch width"],
+    lengths: Int[AnyArray, " batch"],
     key: jax.Array,
     temperature: jax.Array,
     top_p: jax.Array,
@@ -187,7 +195,7 @@ def _generate(
 
 def prefill(
     params: Params,
-    tokens: Int[Array, "batch width"],
+    tokens: Int[AnyArray, "batch width"],
     config: ModelConfig,
     runtime: Runtime,
     slots: int,

@@ -7,6 +7,7 @@ named sites of `pythia_jax.model.sites`.
 
 import functools
 from collections.abc import Callable
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +19,43 @@ from pythia_jax.model import attention
 from pythia_jax.model.parameters import Params
 from pythia_jax.model.sites import SPLIT_READERS, Capture, Edits, Hooks, LayerHooks, Taps
 
+AnyArray = Array | np.ndarray
 Hidden = Float[Array, "batch seq hidden"]
+Logits = Float[Array, "batch seq vocab"]
 
 
+@overload
 def forward(
     params: Params,
-    tokens: Int[Array, "batch seq"],
+    tokens: Int[AnyArray, "batch seq"],
+    config: ModelConfig,
+    *,
+    capture: tuple[()] = (),
+    taps: Taps | None = None,
+    edits: Edits | None = None,
+    runtime: Runtime = Runtime(),
+) -> Logits: ...
+@overload
+def forward(
+    params: Params,
+    tokens: Int[AnyArray, "batch seq"],
+    config: ModelConfig,
+    *,
+    capture: Capture,
+    taps: Taps | None = None,
+    edits: Edits | None = None,
+    runtime: Runtime = Runtime(),
+) -> tuple[Logits, dict[str, Array]]: ...
+def forward(
+    params: Params,
+    tokens: Int[AnyArray, "batch seq"],
     config: ModelConfig,
     *,
     capture: Capture = (),
     taps: Taps | None = None,
     edits: Edits | None = None,
     runtime: Runtime = Runtime(),
-) -> Float[Array, "batch seq vocab"] | tuple[Float[Array, "batch seq vocab"], dict]:
+) -> Logits | tuple[Logits, dict[str, Array]]:
     """Logits at every position, at least float32.
 
     capture: names of sites, or pairs (site, layers), to return. taps: arrays added at sites.
@@ -51,7 +76,7 @@ def forward(
 
 def hidden_states(
     params: Params,
-    tokens: Int[Array, "batch seq"],
+    tokens: Int[AnyArray, "batch seq"],
     config: ModelConfig,
     *,
     capture: Capture = (),

@@ -21,16 +21,16 @@ from jaxtyping import Array, Float, Int
 
 from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.model.attention import exact
-from pythia_jax.model.gptneox import hidden_states
+from pythia_jax.model.gptneox import AnyArray, hidden_states
 from pythia_jax.model.parameters import Params
 from pythia_jax.model.sites import Edits, Taps
 
 
 def loss(
     params: Params,
-    tokens: Int[Array, "batch seq+1"],
+    tokens: Int[AnyArray, "batch seq+1"],
     config: ModelConfig,
-    weights: Float[Array, " batch"] | None = None,
+    weights: Float[AnyArray, " batch"] | None = None,
     *,
     taps: Taps | None = None,
     edits: Edits | None = None,
@@ -58,7 +58,7 @@ def loss(
 
 def token_losses(
     params: Params,
-    tokens: Int[Array, "batch seq+1"],
+    tokens: Int[AnyArray, "batch seq+1"],
     config: ModelConfig,
     *,
     taps: Taps | None = None,
@@ -72,7 +72,7 @@ def token_losses(
 
 def _inputs(
     params: Params,
-    tokens: jax.Array,
+    tokens: AnyArray,
     config: ModelConfig,
     taps: Taps | None,
     edits: Edits | None,

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from pythia_jax.configs import ModelConfig
 
@@ -46,8 +47,8 @@ SPLIT_READERS = ("attn.q_in", "attn.k_in", "attn.v_in")
 MATERIALISED = ("attn.scores", "attn.pattern")
 
 Capture = Iterable[str | tuple[str, Sequence[int]]]
-Taps = Mapping[str, jax.Array]
-Edits = Mapping[str, tuple[jax.Array, jax.Array]]
+Taps = Mapping[str, ArrayLike]
+Edits = Mapping[str, tuple[ArrayLike, ArrayLike]]
 
 
 def site_shape(site: str, config: ModelConfig, batch: int, seq: int) -> tuple[int, ...]:
@@ -124,10 +125,10 @@ class Hooks:
             raise ValueError(f"capture: layers of {site!r} are asked for twice; join them")
         self._some[site] = layers
 
-    def _place(self, site: str, role: str, array: jax.Array) -> None:
+    def _place(self, site: str, role: str, given: ArrayLike) -> None:
         argument = "taps" if role == "tap" else "edits"
         _check_site(site, argument)
-        full, array = self._shape[site], jnp.asarray(array)
+        full, array = self._shape[site], jnp.asarray(given)
         try:
             fits = np.broadcast_shapes(array.shape, full) == full
         except ValueError:

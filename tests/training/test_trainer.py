@@ -70,7 +70,7 @@ def test_a_run_folder_holds_what_the_documentation_says(make_config: Make) -> No
     events = EventAccumulator(str(folder / "events")).Reload()
     logged = [(event.step, event.value) for event in events.Scalars("loss")]
     assert [step for step, _ in logged] == list(range(20))
-    assert logged[5][1] == pytest.approx([x for x in lines if x["step"] == 5][0]["loss"])
+    assert logged[5][1] == pytest.approx(next(x for x in lines if x["step"] == 5)["loss"])
 
 
 def test_the_first_step_changes_nothing_and_the_second_does(make_config: Make) -> None:
@@ -213,7 +213,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing(
 
 
 def test_a_run_without_a_model_is_refused() -> None:
-    with pytest.raises(ConfigError, match="data.train|model"):
+    with pytest.raises(ConfigError, match=r"data\.train|model"):
         train(configs.from_dict({}), show_progress=False)
 
 
