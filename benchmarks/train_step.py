@@ -47,11 +47,10 @@ def ours(size: str, batch: int, seq: int) -> Step:
     from pythia_jax.training.step import init_state, jitted_train_step
 
     model = ModelConfig.from_size(size)
-    config = RunConfig(
-        model=model,
-        data=DataConfig(sequence_length=seq),
-        training=TrainingConfig(batch_size=batch, precision="float32", remat="none"),
-    )
+    # Remat `dots` keeps what matrix products gave. On CPU the rest is cheaper computed again than
+    # kept: memory that is new in every step costs a page fault each 4 KiB (docs/benchmarks.md).
+    training = TrainingConfig(batch_size=batch, precision="float32", remat="dots")
+    config = RunConfig(model=model, data=DataConfig(sequence_length=seq), training=training)
     state = jax.jit(init_state, static_argnums=0)(config)
     rng = np.random.default_rng(0)
 
@@ -79,9 +78,9 @@ def theirs(size: str, batch: int, seq: int) -> Step:
         num_hidden_layers=entry.num_hidden_layers,
         num_attention_heads=entry.num_attention_heads,
         intermediate_size=entry.intermediate_size,
-        hidden_act="gelu_new",
+        hidden_act="gelu_pytorch_tanh",  # the function we train with, in torch's fused form
         use_cache=False,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]  # taken by the base class
     )
     model = GPTNeoXForCausalLM(config).train()
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -109,7 +108,7 @@ def theirs(size: str, batch: int, seq: int) -> Step:
 
 
 def work(side: str, shape: str) -> None:
-    """A worker: builds its step, then takes one for each line on stdin and says how long it took."""
+    """A worker: builds its step, takes one for each line on stdin and says how long it took."""
     size, batch, seq = parse(shape)
     step = (ours if side == "ours" else theirs)(size, batch, seq)
     for _ in sys.stdin:

@@ -156,8 +156,8 @@ def batches(config: RunConfig, split: str = "train") -> Batches:
     Args:
         config: a run; its sections data, training and evaluation, and the vocabulary of its model
             if it has one.
-        split: `train` (training.steps batches), `validation` (evaluation.steps batches before the
-            first step and every evaluation.every steps) or `test` (evaluation.steps batches).
+        split: `train` (training.steps batches), `validation` (evaluation.steps batches every
+            evaluation.every steps and once more at the end) or `test` (evaluation.steps batches).
 
     Raises:
         ValueError: the split is unknown or has no data, or the data cannot serve this config.

@@ -23,7 +23,7 @@ SAMPLE_MARGIN = 1.005  # upstream asks for 0.5 % more samples than it means to s
 class SplitSizes:
     """How many batches a run takes from each split (data_utils.py).
 
-    Upstream evaluates before the first step, every so many steps, and once on the test split.
+    Upstream evaluates every so many steps and once more at the end, and once on the test split.
     """
 
     train: int

@@ -116,17 +116,41 @@ BLOCKS = 8
 add more pieces to the gradients of keys and values."""
 
 
-@jax.checkpoint  # Else every block would keep its own copy of the keys and values that it sees.
 def _blockwise_attention(q: Queries, k: Queries, v: Queries) -> Queries:
-    seq = q.shape[1]
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    mixed = jax.lax.platform_dependent(q, k, v, cpu=_head_by_head, default=_all_heads)
+    return mixed.transpose(0, 2, 1, 3)
+
+
+@jax.checkpoint  # Else every block would keep its own copy of the keys and values that it sees.
+def _all_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return _attend_in_blocks(q, k, v, jax.checkpoint)
+
+
+def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """One head of one row after the other: a CPU's cache holds the scores of one."""
+
+    @jax.checkpoint
+    def attend_head(qkv: tuple[jax.Array, ...]) -> jax.Array:
+        q, k, v = (x[None, None] for x in qkv)
+        return _attend_in_blocks(q, k, v)[0, 0]
+
+    heads = tuple(x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    return jax.lax.map(attend_head, heads).reshape(q.shape)
+
+
+def _attend_in_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, remat: Callable = lambda block: block
+) -> jax.Array:
+    """Causal attention, block of queries after block, `[batch, heads, seq, head]` each."""
+    seq = q.shape[2]
     size = max(64, -(-seq // BLOCKS))
     blocks = []
     for start in range(0, seq, size):
         stop = min(start + size, seq)
-        block = jax.checkpoint(functools.partial(_attend_block, start=start))
+        block = remat(functools.partial(_attend_block, start=start))
         blocks.append(block(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]))
-    return jnp.concatenate(blocks, axis=2).transpose(0, 2, 1, 3)
+    return jnp.concatenate(blocks, axis=2)
 
 
 def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, start: int) -> jax.Array:

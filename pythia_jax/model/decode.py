@@ -6,6 +6,7 @@ visible to it, and is overwritten when the row gets there.
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from pythia_jax.model.gptneox import (
     AnyArray,
     block,
     cast,
+    embed,
     hidden_states,
     layer_norm,
     run_layers,
@@ -68,7 +70,7 @@ def generate(
     """
     config = model.config
     rows = [_encode(prompt, i, model) for i, prompt in enumerate(_as_list(prompts))]
-    _check(rows, config, max_new_tokens, temperature, top_k, top_p)
+    _check(rows, config, max_new_tokens, temperature, top_k, top_p, seed)
     if not rows or max_new_tokens == 0:
         return [[] for _ in rows]
     lengths = np.array([len(row) for row in rows], np.int32)
@@ -99,7 +101,12 @@ def _as_list(prompts: str | Sequence[str | Sequence[int]]) -> Sequence[str | Seq
 
 def _encode(prompt: str | Sequence[int], row: int, model: GenerativeModel) -> list[int]:
     if not isinstance(prompt, str):
-        return [int(token) for token in prompt]
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError:
+            raise ValueError(
+                f"prompt {row}: {prompt!r} is neither text nor a list of token ids"
+            ) from None
     if model.tokenizer is None:
         raise ValueError(f"prompt {row} is text, and the model has no tokenizer; pass token lists")
     return model.tokenizer.encode(prompt).ids
@@ -112,11 +119,13 @@ def _check(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
+    seed: int,
 ) -> None:
     for name, holds, need in (
         ("max_new_tokens", max_new_tokens >= 0, "at least 0"),
         ("temperature", temperature >= 0, "at least 0"),
         ("top_k", top_k is None or top_k >= 1, "at least 1"),
+        ("seed", 0 <= seed < 2**32, "from 0 to 2**32 - 1"),
         ("top_p", top_p is None or 0 < top_p <= 1, "more than 0 and at most 1"),
     ):
         if not holds:
@@ -228,7 +237,7 @@ def decode_step(
     """
     batch = token.shape[0]
     rows = jnp.arange(batch)
-    x = params["embed_in"]["embedding"][token][:, None]
+    x = embed(params, token)[:, None]
     visible = jnp.arange(keys.shape[2])[None] <= position[:, None]
     site = Hooks((), None, None, config, batch, 1).at()
 

@@ -12,6 +12,7 @@ from typing import overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from pythia_jax.configs import ModelConfig, Runtime
@@ -85,6 +86,7 @@ def hidden_states(
     runtime: Runtime = Runtime(),
 ) -> tuple[Hidden, dict]:
     """The final LayerNorm's output, before the unembedding, and the captured sites."""
+    check_tokens(tokens, config)
     batch, seq = tokens.shape
     if seq > config.max_position_embeddings:
         raise ValueError(
@@ -100,7 +102,7 @@ def hidden_states(
 
     params = cast(params, runtime)
     outer = hooks.at()
-    x = outer("embed", params["embed_in"]["embedding"][tokens])
+    x = outer("embed", embed(params, tokens))
 
     def layer(carry: tuple, scanned: tuple) -> tuple[tuple, dict]:
         x, chosen = carry
@@ -116,6 +118,29 @@ def hidden_states(
     )
     x = outer("ln_final", layer_norm(x, params["final_layer_norm"], config.layer_norm_eps))
     return x, hooks.results({**stacked, **outer.captured}, chosen)
+
+
+def check_tokens(tokens: AnyArray, config: ModelConfig) -> None:
+    """Refuse what are not `[batch, seq]` token ids of this vocabulary.
+
+    Inside `jax.jit` the ids are not known yet; there, a wrong one is embedded as NaN.
+    """
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens of shape {tokens.shape} and dtype {tokens.dtype}: whole numbers, "
+            "[batch, seq], are wanted"
+        )
+    if tokens.size and not isinstance(tokens, Tracer):
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"token {low if low < 0 else high} is not in the vocabulary of {config.vocab_size}"
+            )
+
+
+def embed(params: Params, tokens: Int[AnyArray, "*rows"]) -> Float[Array, "*rows hidden"]:
+    """Rows of the embedding; NaN for an id that it does not have."""
+    return jnp.take(params["embed_in"]["embedding"], tokens, axis=0, mode="fill", fill_value=np.nan)
 
 
 def block(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.model.attention import exact
-from pythia_jax.model.gptneox import AnyArray, hidden_states
+from pythia_jax.model.gptneox import AnyArray, check_tokens, hidden_states
 from pythia_jax.model.parameters import Params
 from pythia_jax.model.sites import Edits, Taps
 
@@ -80,10 +80,11 @@ def _inputs(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise ValueError(f"tokens of shape {tokens.shape}: the loss wants [batch, seq + 1]")
+    check_tokens(tokens, config)
     hidden, _ = hidden_states(
         params, tokens[:, :-1], config, taps=taps, edits=edits, runtime=runtime
     )
-    return hidden, params["embed_out"]["kernel"], tokens[:, 1:]
+    return hidden, params["embed_out"]["kernel"], jnp.asarray(tokens[:, 1:])
 
 
 def token_cross_entropy(
@@ -130,7 +131,8 @@ def _fused_jvp(chunk: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, 
         for name, tangent in zip(names, tangents, strict=False)
         if not isinstance(tangent, SymbolicZero)
     }
-    value, gradient = _sweep(*primals, chunk, want=tuple(moving))
+    hidden, kernel, weights, labels = primals
+    value, gradient = _sweep(hidden, kernel, weights, labels, chunk, want=tuple(moving))
     tangent = jnp.zeros_like(value)
     for name, direction in moving.items():
         # Not jnp.vdot: it would flatten, and a flattened sharded array is gathered.
@@ -152,7 +154,7 @@ def _sweep(
     cast = kernel.astype(hidden.dtype)
     wide = weights.dtype
 
-    def step(kernel_gradient: jax.Array | None, xs: tuple) -> tuple[jax.Array | None, tuple]:
+    def step(kernel_gradient: Any, xs: tuple) -> tuple[Any, tuple]:
         x, y, w = xs
         logits = _logits(x, cast)
         nll, peak, total = _cross_entropy(logits, y)

@@ -39,8 +39,8 @@ class Parameter:
     path: where it stands in the tree. axes: the logical name of each axis. init: `input` and
     `output` are the two normal distributions of the initialiser, else a constant. hf, neox: the
     name of one layer's tensor in Hugging Face's and in GPT-NeoX's checkpoints, `{layer}` left
-    open; GPT-NeoX's begin with the index in its pipeline. A `kernel` lies (in, out), a torch
-    weight (out, in).
+    open; GPT-NeoX's begin with the place in its pipeline (`hf_names`, `neox_names`).
+    A `kernel` lies (in, out), a torch weight (out, in).
     """
 
     path: str
@@ -71,6 +71,15 @@ class Parameter:
         layers = range(config.num_hidden_layers) if self.stacked else range(1)
         return [self.hf.format(layer=layer) for layer in layers]
 
+    def neox_names(self, config: ModelConfig) -> list[str]:
+        """Its tensors' names in GPT-NeoX's pipeline, one a layer where it is stacked.
+
+        Places 1 and L + 2 of the pipeline are functions without parameters.
+        """
+        depth = config.num_hidden_layers
+        layers = range(depth) if self.stacked else range(1)
+        return [self.neox.format(layer=i + 2, norm=depth + 3, out=depth + 4) for i in layers]
+
 
 def _layer(path: str, axes: tuple[str, ...], init: str, torch_name: str) -> Parameter:
     return Parameter(
@@ -78,7 +87,7 @@ def _layer(path: str, axes: tuple[str, ...], init: str, torch_name: str) -> Para
         ("layers", *axes),
         init,  # type: ignore[arg-type]
         f"gpt_neox.layers.{{layer}}.{torch_name}",
-        f"{{layer+2}}.{torch_name}",
+        f"{{layer}}.{torch_name}",
     )
 
 
@@ -114,21 +123,21 @@ TABLE: tuple[Parameter, ...] = (
         ("hidden",),
         "ones",
         "gpt_neox.final_layer_norm.weight",
-        "{layers+3}.norm.weight",
+        "{norm}.norm.weight",
     ),
     Parameter(
         "final_layer_norm/bias",
         ("hidden",),
         "zeros",
         "gpt_neox.final_layer_norm.bias",
-        "{layers+3}.norm.bias",
+        "{norm}.norm.bias",
     ),
     Parameter(
         "embed_out/kernel",
         ("hidden", "vocab"),
         "input",
         "embed_out.weight",
-        "{layers+4}.final_linear.weight",
+        "{out}.final_linear.weight",
     ),
 )
 

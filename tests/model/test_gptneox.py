@@ -235,3 +235,26 @@ def test_gradient_in_bfloat16_stays_near_float32():
     half = gradient(Runtime(dtype="bfloat16", remat="full"))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half))
     assert max(jax.tree.leaves(jax.tree.map(distance, half, gradient(Runtime())))) < 5e-2
+
+
+@pytest.mark.parametrize("wrong", [-1, TINY.vocab_size])
+def test_an_id_outside_the_vocabulary_is_refused_and_under_jit_gives_nan(wrong):
+    params = random_params(TINY)
+    tokens = np.array([[1, 2, wrong, 3]], np.int32)
+    with pytest.raises(ValueError, match=f"token {wrong} is not in the vocabulary of"):
+        forward(params, tokens, TINY)
+    with pytest.raises(ValueError, match=f"token {wrong} is not in the vocabulary of"):
+        loss(params, tokens, TINY)
+    with pytest.raises(ValueError, match=f"token {wrong} is not in the vocabulary of"):
+        loss(params, tokens[:, :3], TINY)  # as a label only
+    if wrong > 0:
+        logits = jax.jit(lambda t: forward(params, t, TINY))(tokens)
+        assert np.isnan(logits[0, 2:]).all()
+
+
+@pytest.mark.parametrize(
+    "tokens", [np.zeros(4, np.int32), np.zeros((1, 4)), np.zeros((1, 2, 3), int)]
+)
+def test_what_are_not_rows_of_ids_is_refused(tokens):
+    with pytest.raises(ValueError, match="whole numbers"):
+        forward(random_params(TINY), tokens, TINY)

@@ -172,3 +172,13 @@ def test_every_parameter_has_its_own_path_and_names():
 
 def dict_of(params):
     return {parameter.path: array for parameter, array in parameters.items(params)}
+
+
+def test_names_in_gpt_neox_are_those_of_its_pipeline():
+    config = ModelConfig.from_size("70m")
+    names = [name for parameter in TABLE for name in parameter.neox_names(config)]
+    assert len(names) == len(set(names)) == 76
+    assert {"0.word_embeddings.weight", "9.norm.weight", "9.norm.bias"} <= set(names)
+    assert "10.final_linear.weight" in names
+    assert {name.split(".")[0] for name in names} == {"0", *map(str, range(2, 8)), "9", "10"}
+    assert {"2.attention.query_key_value.bias", "7.mlp.dense_4h_to_h.weight"} <= set(names)
