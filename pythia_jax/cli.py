@@ -1,6 +1,5 @@
 """The command line: parse, call one function of the library, print."""
 
-import hashlib
 import logging
 import sys
 from pathlib import Path
@@ -114,10 +113,9 @@ CONFIG_HELP = """
 @click.option("--stop-at", type=int, help="Leave at this step, everything saved to go on from it.")
 @click.pass_context
 def train(ctx: click.Context, config: Path, stop_at: int | None) -> None:
-    from pythia_jax import configs
     from pythia_jax.training.trainer import train
 
-    result = train(configs.load(config, _dotted(ctx.args)), stop_at=stop_at)
+    result = train(_load(ctx, config), stop_at=stop_at)
     click.echo(f"checkpoint {result.step} and metrics.jsonl, loss.png are in {result.folder}")
 
 
@@ -238,30 +236,27 @@ def tokenize(
 @click.option("--out", required=True, type=click.Path(path_type=Path))
 @click.pass_context
 def batches(ctx: click.Context, config: Path, start: int, stop: int, split: str, out: Path) -> None:
-    import numpy as np
-
-    from pythia_jax import configs
     from pythia_jax.data import batches
+    from pythia_jax.data.dump import dump
 
-    source = batches(configs.load(config, _dotted(ctx.args)), split)
-    if not 0 <= start < stop <= len(source):
-        raise click.ClickException(
-            f"steps {start} to {stop}: the {split} set has steps 0 to {len(source)}"
-        )
-    first = source[start]
-    rows = np.lib.format.open_memmap(
-        out, mode="w+", dtype=np.int32, shape=((stop - start) * len(first), first.shape[1])
-    )
-    digest = hashlib.sha256()
-    for i, step in enumerate(range(start, stop)):
-        batch = first if step == start else source[step]
-        rows[i * len(batch) : (i + 1) * len(batch)] = batch
-        digest.update(np.ascontiguousarray(batch, dtype="<i4").tobytes())
-    rows.flush()
+    loaded = _load(ctx, config)
+    digest = dump(batches(loaded, split), start, stop, out)
+    rows, width = (stop - start) * loaded.training.batch_size, loaded.data.sequence_length + 1
     click.echo(
-        f"{out}: {rows.shape[0]:,} rows of {rows.shape[1]:,} tokens, sha256 "
-        f"{digest.hexdigest()} (as little-endian int32)"
+        f"{out}: {rows:,} rows of {width:,} tokens, sha256 {digest} (as little-endian int32)"
     )
+
+
+def _load(ctx: click.Context, config: Path) -> Any:
+    """The run config of a command that takes dotted flags."""
+    from pythia_jax import configs
+
+    if str(config).startswith("-"):
+        # Click cannot know which dotted flags take a value, so it took the first for CONFIG.
+        raise click.UsageError(
+            f"CONFIG comes before its flags: {ctx.command_path} CONFIG {config} ..."
+        )
+    return configs.load(config, _dotted(ctx.args))
 
 
 def _dotted(arguments: list[str]) -> dict[str, str]:

@@ -9,12 +9,14 @@ the nearest one that exists.
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -33,8 +35,30 @@ def _require(holds: bool, key: str, value: object, need: str) -> None:
         raise ConfigError(f"{key}: {value!r} is not possible: {need}")
 
 
+class _Section:
+    """A section of the config: its fields are checked when it is made, from YAML or in Python.
+
+    Each field becomes what its annotation says, or a `ConfigError` tells which key cannot; then
+    `_check` looks at the values. `where` is the section's name in messages.
+    """
+
+    _where: ClassVar[str]
+
+    def __init_subclass__(cls, where: str) -> None:
+        cls._where = where
+
+    def __post_init__(self) -> None:
+        prefix = f"{self._where}." if self._where else ""
+        for name, hint in _hints(type(self)).items():
+            object.__setattr__(self, name, _convert(getattr(self, name), hint, f"{prefix}{name}"))
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ConfigError for a value that has the right type and still cannot be."""
+
+
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Section, where="model"):
     """The function a GPT-NeoX model computes. Fields carry Hugging Face's names.
 
     `initializer` alone does not change the function: it is the distribution that training
@@ -55,7 +79,7 @@ class ModelConfig:
     use_parallel_residual: bool = True
     initializer: Literal["small_wang", "normal_scaled"] = "small_wang"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         if self.intermediate_size == -1:
             object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
         for name in (
@@ -124,7 +148,7 @@ class ModelConfig:
     @classmethod
     def from_size(cls, name: str, **overrides: Any) -> "ModelConfig":
         """The model of a suite size (`70m`, `pythia-70m-deduped`, old names too)."""
-        return cls(**{**_size_fields(name), **overrides})
+        return _build(cls, {**overrides, "size": name}, "model")
 
 
 def _size_fields(name: str) -> dict[str, Any]:
@@ -145,7 +169,7 @@ def _size_fields(name: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Runtime:
+class Runtime(_Section, where="runtime"):
     """How a model is computed; none of it changes the function, only its rounding, speed, memory.
 
     dtype: of the computation; None takes that of the parameters. LayerNorm statistics, softmax,
@@ -167,14 +191,12 @@ class Runtime:
     loss: Literal["fused", "remat"] = "fused"
     loss_chunk: int = 512
 
-    def __post_init__(self) -> None:
-        for name, hint in typing.get_type_hints(Runtime).items():
-            _convert(getattr(self, name), hint, f"runtime.{name}")
+    def _check(self) -> None:
         _require(self.loss_chunk >= 1, "runtime.loss_chunk", self.loss_chunk, "at least 1 token")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Section, where="data"):
     """Where tokens lie and in which order they are served (GPT-NeoX v1.0's, from `seed`)."""
 
     train: tuple[str, ...] = ()
@@ -190,7 +212,7 @@ class DataConfig:
     sequence_length: int = 2048
     seed: int = 1234
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(
             self.sequence_length >= 1,
             "data.sequence_length",
@@ -219,7 +241,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(_Section, where="optimizer"):
     """Decoupled AdamW under GPT-NeoX v1.0's schedule; the defaults are pythia-70m's."""
 
     peak_learning_rate: float = 1e-3
@@ -231,7 +253,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         peak, floor = self.peak_learning_rate, self.min_learning_rate
         _require(peak > 0, "optimizer.peak_learning_rate", peak, "it must be > 0")
         _require(
@@ -265,7 +287,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(_Section, where="training"):
     """How long, how wide and in which precision. `batch_size` is rows a step, over all devices."""
 
     steps: int = 143000
@@ -277,7 +299,7 @@ class TrainingConfig:
     on_nonfinite: Literal["stop"] = "stop"
     seed: int = 1234
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation"):
             value = getattr(self, name)
             _require(value >= 1, f"training.{name}", value, "it must be at least 1")
@@ -291,7 +313,7 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(_Section, where="checkpoint"):
     """Which steps are kept for good (`every`, `extra_steps`, the last) and which only to resume."""
 
     directory: str = ""
@@ -301,7 +323,7 @@ class CheckpointConfig:
     resume_every_minutes: float = 15.0
     keep_resume: int = 2
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(self.every >= 1, "checkpoint.every", self.every, "it must be at least 1")
         _require(
             all(step >= 0 for step in self.extra_steps),
@@ -321,19 +343,19 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(_Section, where="evaluation"):
     """Held-out loss: `steps` batches every `every` training steps, as upstream counts them."""
 
     every: int = 100000
     steps: int = 10
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(self.every >= 1, "evaluation.every", self.every, "it must be at least 1")
         _require(self.steps >= 0, "evaluation.steps", self.steps, "it must be at least 0")
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(_Section, where="mesh"):
     """Devices along each axis; -1 takes what is left. One device serves a run for now."""
 
     data: int = 1
@@ -341,24 +363,24 @@ class MeshConfig:
     tensor: int = 1
     slices: int = 1
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         for name in ("data", "fsdp", "tensor", "slices"):
             value = getattr(self, name)
             _require(value in (1, -1), f"mesh.{name}", value, "a run uses one device for now")
 
 
 @dataclass(frozen=True)
-class LoggingConfig:
+class LoggingConfig(_Section, where="logging"):
     """One line of metrics every so many steps."""
 
     every: int = 10
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require(self.every >= 1, "logging.every", self.every, "it must be at least 1")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(_Section, where=""):
     """A training run. `model` may be left out where only the data is looked at."""
 
     name: str = "run"
@@ -373,7 +395,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         if not self.checkpoint.directory:
             named = dataclasses.replace(self.checkpoint, directory=f"runs/{self.name}")
             object.__setattr__(self, "checkpoint", named)
@@ -445,9 +467,17 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> RunCon
 
 
 def save(config: RunConfig, path: str | Path) -> None:
-    """Write the effective config as YAML."""
+    """Write the effective config as YAML; whoever reads the file finds the old or the new one."""
     text = yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=100)
-    Path(path).write_text(text, encoding="utf-8")
+    path, content = Path(path), text.encode()
+    if path.is_file() and path.read_bytes() == content:
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -466,6 +496,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _set_dotted(mapping: dict[str, Any], dotted: str, text: str) -> None:
     *sections, key = dotted.replace("-", "_").split(".")
+    hint = _hint_at([*sections, key])
     for section in sections:
         inner = mapping.get(section)
         if inner is None:
@@ -474,20 +505,48 @@ def _set_dotted(mapping: dict[str, Any], dotted: str, text: str) -> None:
             raise ConfigError(f"{dotted}: {section!r} is a value, not a section")
         mapping = inner
     try:
-        mapping[key] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
+        if _is_text(hint):
+            # As typed, for a run may be called 70; YAML would read a number.
+            value = None if value is None and hint is not str else text
+        elif typing.get_origin(hint) is tuple and _is_text(typing.get_args(hint)[0]):
+            value = yaml.load(text, yaml.BaseLoader)
     except yaml.YAMLError:
-        mapping[key] = text
+        value = text
+    mapping[key] = value
+
+
+def _hint_at(keys: list[str]) -> Any:
+    """What the value under these keys of a run config should be; None where there is no such."""
+    if keys == ["model", "size"]:
+        return str
+    hint: Any = RunConfig
+    for key in keys:
+        hint = _hints(hint).get(key) if dataclasses.is_dataclass(hint) else None
+        hint = next((h for h in typing.get_args(hint) if dataclasses.is_dataclass(h)), hint)
+    return hint
+
+
+def _is_text(hint: Any) -> bool:
+    return hint is str or hint == str | None
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """The types of a section's fields, by name."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
 
 
 def _build(cls: type, mapping: object, where: str) -> Any:
-    """An instance of the dataclass `cls` from a mapping, every key and type checked."""
+    """The section `cls` from a mapping, every key checked; making it checks the values."""
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where or 'config'}: {mapping!r} should be a section of keys")
     values = dict(mapping)
     if cls is ModelConfig and "size" in values:
         size = _convert(values.pop("size"), str, "model.size")
         values = {**_size_fields(size), **values}
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     known = [*hints, "size"] if cls is ModelConfig else [*hints]
     prefix = f"{where}." if where else ""
     for key in values:
@@ -497,9 +556,7 @@ def _build(cls: type, mapping: object, where: str) -> Any:
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and f.name not in values:
             raise ConfigError(f"{prefix}{f.name}: missing, and it has no default")
-    return cls(
-        **{key: _convert(value, hints[key], f"{prefix}{key}") for key, value in values.items()}
-    )
+    return cls(**values)
 
 
 def _nearest(key: str, known: list[str]) -> str:
@@ -518,6 +575,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         return None if value is None else _convert(value, options[0], key)
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, typing.cast(type, hint)):
+            return value
         # An empty section in YAML reads as None.
         return _build(typing.cast(type, hint), {} if value is None else value, key)
     if origin is Literal:

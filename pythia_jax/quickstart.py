@@ -4,11 +4,14 @@ Everything is the real thing at a small size: the data order, the recipe, the ch
 exported folder are those of a run on a pod.
 """
 
+import os
+import shlex
 import shutil
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,9 @@ HELD_OUT_EVERY = 20
 """One document in so many is held out."""
 MAX_CHARACTERS = 12_000_000
 PROMPTS = ("def __init__(self", "import os\n", "    for i in range(")
-MARKER = "summary.txt"
+SUMMARY = "summary.txt"
+MARKER = ".quickstart"
+"""A file that says whose folder it stands in: only beside it is anything deleted."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Summary:
         run, hf = self.out / "run", self.out / "hf"
         verdict = "below" if self.held_out_loss < self.bigram_loss else "NOT below"
         samples = "\n".join(f"    {prompt!r} → {new!r}" for prompt, new in self.generated)
-        longer = f"--training.steps 2000 --checkpoint.directory {self.out}-longer"
+        program, config = shlex.quote(_program()), shlex.quote(f"{run}/config.yaml")
+        longer = shlex.quote(f"{self.out}-longer")
         return f"""
 Done in {self.seconds:.0f} s.
 
@@ -61,9 +67,9 @@ Done in {self.seconds:.0f} s.
   {self.out}/data                tokenizer.json, and the tokens as .bin and .idx
 
 Three commands to try next:
-  pythia-jax generate {hf} "def main(" --max-new-tokens 40 --temperature 0.7
-  pythia-jax data batches {run}/config.yaml --start 0 --stop 1 --out batch.npy
-  pythia-jax train {run}/config.yaml {longer}
+  {program} generate {shlex.quote(str(hf))} "def main(" --max-new-tokens 40 --temperature 0.7
+  {program} data batches {config} --start 0 --stop 1 --out batch.npy
+  {program} train {config} --training.steps 2000 --checkpoint.directory {longer}
 """
 
 
@@ -78,7 +84,8 @@ def quickstart(
 
     text: files or folders to learn from; Python's own standard library if none are given.
 
-    Raises FileExistsError if `out` holds something else, ValueError if there is too little text.
+    Raises FileExistsError if `out` holds something and no quickstart made it, ValueError if there
+    is too little text.
     """
     began = time.perf_counter()
     out = Path(out)
@@ -124,23 +131,45 @@ def quickstart(
         seconds=time.perf_counter() - began,
         generated=generated,
     )
-    (out / MARKER).write_text(summary.text(), encoding="utf-8")
+    (out / SUMMARY).write_text(summary.text(), encoding="utf-8")
     return summary
 
 
 def _clear(out: Path) -> None:
-    """Make `out`, or empty it if it is an earlier quickstart's."""
-    parts = [out / name for name in ("data", "run", "hf", MARKER)]
-    if out.exists() and (not out.is_dir() or set(out.iterdir()) - set(parts)):
+    """Make `out`, or, if an earlier quickstart made it, delete what that one left in it."""
+    marker = out / MARKER
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not marker.is_file())):
         raise FileExistsError(
             f"{out} holds something that no quickstart made; choose another folder with --out"
         )
-    for part in parts:
-        if part.is_dir():
-            shutil.rmtree(part)
-        else:
-            part.unlink(missing_ok=True)
-    (out / "data").mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
+    marker.write_text(
+        "Made by `pythia-jax quickstart`. The next one with the same --out deletes data/, run/, "
+        f"hf/ and {SUMMARY} here.\n",
+        encoding="utf-8",
+    )
+    # A killed export leaves hidden folders beside hf.
+    for name in ("data", "run", "hf", ".hf.partial*", ".hf.replaced", SUMMARY):
+        for part in out.glob(name):
+            if part.is_dir() and not part.is_symlink():
+                shutil.rmtree(part)
+            else:
+                part.unlink()
+    (out / "data").mkdir()
+
+
+def _program() -> str:
+    """How this program can be called from here: by its name, or by path where PATH lacks it."""
+    name = "pythia-jax"
+    if shutil.which(name):
+        return name
+    called = Path(sys.argv[0])
+    # Called as a library or with `python -m`: the script lies beside the interpreter.
+    path = called if called.stem == name else Path(sys.executable).with_name(name)
+    if not path.is_file():
+        return name
+    path = path.absolute()
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _read(text: Sequence[Path]) -> list[str]:
@@ -190,14 +219,14 @@ def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def _config(out: Path) -> RunConfig:
-    return configs.load(
-        shipped_config("quickstart"),
-        {
-            "data.train": f"[{out / 'data' / 'train'}]",
-            "data.validation": f"[{out / 'data' / 'validation'}]",
-            "tokenizer": str(out / "data" / "tokenizer.json"),
-            "checkpoint.directory": str(out / "run"),
-        },
+    # Set as values and not as text, in which a comma or a colon of a path would mean something.
+    config = configs.load(shipped_config("quickstart"))
+    train, validation = (str(out / "data" / split) for split in ("train", "validation"))
+    return replace(
+        config,
+        data=replace(config.data, train=(train,), validation=(validation,)),
+        tokenizer=str(out / "data" / "tokenizer.json"),
+        checkpoint=replace(config.checkpoint, directory=str(out / "run")),
     )
 
 

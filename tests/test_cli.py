@@ -1,7 +1,9 @@
 """The commands as their users type them; the errors they get."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import pythia_jax as pj
 from pythia_jax import configs, data
 from pythia_jax.bridge.model import Model
 from pythia_jax.cli import main
+from pythia_jax.data.dump import dump
 
 
 def run(*arguments: object) -> Result:
@@ -74,6 +77,7 @@ def test_suite_shows_sizes_counts_rates_and_faults() -> None:
 
 
 def test_train_stop_go_on_generate_and_convert(config: Path, tmp_path: Path) -> None:
+    assert "checkpoint 0" in run("train", config, "--stop-at", 0).output
     assert "checkpoint 3" in run("train", config, "--stop-at", 3).output
     result = run("train", config)
     assert result.exit_code == 0 and "checkpoint 6" in result.output
@@ -106,6 +110,39 @@ def test_batches_are_dumped_with_their_digest(config: Path, tmp_path: Path) -> N
     assert hashlib.sha256(expected.astype("<i4").tobytes()).hexdigest() in result.output
 
 
+def test_a_dump_that_fails_leaves_nothing_and_what_was_there_stays(
+    config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out" / "x.npy"
+    # Ids of the corpus lie beyond this vocabulary, which shows when the batches are read.
+    small = ("data", "batches", config, "--start", 0, "--stop", 6, "--out", out,
+             "--model.vocab-size", 3)  # fmt: skip
+    assert "model.vocab_size" in refused(*small)
+    assert list(out.parent.iterdir()) == []
+    out.write_text("earlier")
+    assert "model.vocab_size" in refused(*small)
+    assert out.read_text() == "earlier" and list(out.parent.iterdir()) == [out]
+    absent = tmp_path / "absent" / "x.npy"
+    assert "no folder" in refused("data", "batches", config, "--start", 0, "--stop", 1, "--out",
+                                  absent)  # fmt: skip
+
+
+def test_a_dump_broken_off_half_way_leaves_nothing(config: Path, tmp_path: Path) -> None:
+    class Broken(data.Batches):
+        def read(self, step: int, rows: Any) -> Any:
+            if step == 4:
+                raise OSError("the disk went away")
+            return super().read(step, rows)
+
+    whole = data.batches(configs.load(config))
+    broken = Broken(**{f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OSError, match="went away"):
+        dump(broken, 0, 6, tmp_path / "out" / "x.npy")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -114,6 +151,10 @@ def test_batches_are_dumped_with_their_digest(config: Path, tmp_path: Path) -> N
         (["train", "CONFIG", "--training.steps", "0"], "training.steps: 0 is not possible"),
         (["train", "CONFIG", "--training.steps"], "needs a value"),
         (["train", "CONFIG", "spurious"], "spurious"),
+        (["train", "CONFIG", "--stop-at", "-3"], "stop_at: -3 is no step"),
+        (["train", "--training.steps", "3", "CONFIG"], "train CONFIG --training.steps ..."),
+        (["train", "--name=x", "CONFIG"], "CONFIG comes before its flags"),
+        (["train", "CONFIG", "--tokenizer", "gone.json"], "there is no file gone.json"),
         (["generate", "absent", "x"], "absent: there is no such folder"),
         (["data", "batches", "CONFIG", "--start", "4", "--stop", "9", "--out", "x.npy"], "0 to 6"),
         (

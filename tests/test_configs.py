@@ -13,6 +13,9 @@ from pythia_jax.configs import (
     CheckpointConfig,
     ConfigError,
     DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -203,6 +206,46 @@ def test_impossible_values_are_refused_when_made_in_python_too():
     ):
         with pytest.raises(ConfigError):
             make()
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (TrainingConfig, {"steps": 2.5}, "training.steps: 2.5 should be a whole number"),
+        (TrainingConfig, {"precision": "half"}, "training.precision: 'half' is not one of"),
+        (CheckpointConfig, {"archive": "typo"}, "checkpoint.archive: 'typo' is not one of"),
+        (CheckpointConfig, {"extra_steps": 3}, "checkpoint.extra_steps: 3 should be a list"),
+        (OptimizerConfig, {"peak_learning_rate": INFINITY}, "peak_learning_rate: inf"),
+        (OptimizerConfig, {"weight_decay": NAN}, "optimizer.weight_decay: nan"),
+        (OptimizerConfig, {"betas": (0.9,)}, "optimizer.betas: (0.9,) should have 2 items"),
+        (DataConfig, {"train": "abc"}, "data.train: 'abc' should be a list"),
+        (DataConfig, {"seed": True}, "data.seed: True should be a whole number"),
+        (ModelConfig, {**SMALL, "hidden_size": 48.0}, "model.hidden_size: 48.0 should be"),
+        (ModelConfig, {**SMALL, "hidden_size": "48"}, "model.hidden_size: '48' should be"),
+        (EvaluationConfig, {"every": "often"}, "evaluation.every: 'often' should be"),
+        (MeshConfig, {"data": 1.0}, "mesh.data: 1.0 should be"),
+        (LoggingConfig, {"every": None}, "logging.every: None should be"),
+        (RunConfig, {"name": 70}, "name: 70 should be text"),
+        (RunConfig, {"training": 3}, "training: 3 should be a section"),
+        (Runtime, {"scan_layers": 1}, "runtime.scan_layers: 1 should be true or false"),
+    ],
+    ids=str,
+)
+def test_wrong_types_are_refused_when_made_in_python_too(section, values, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        section(**values)
+
+
+def test_what_is_made_in_python_is_as_if_read_from_a_file():
+    made = RunConfig(data=DataConfig(train=["a"], train_weights=[1]))  # type: ignore[arg-type]
+    assert made == from_dict({"data": {"train": ["a"], "train_weights": [1]}})
+    assert hash(made) == hash(from_dict(to_dict(made)))
+    assert type(OptimizerConfig(gradient_clip=1).gradient_clip) is float
+
+
+def test_unknown_field_beside_a_size_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"model\.hidden_sise: unknown key.*'hidden_size'"):
+        ModelConfig.from_size("70m", hidden_sise=1)
 
 
 def test_missing_field_of_a_model_is_named():
@@ -449,3 +492,42 @@ def test_config_file_may_be_named_by_text_or_path(tmp_path):
     file = tmp_path / "run.yaml"
     configs.save(RunConfig(), str(file))
     assert configs.load(str(file)) == configs.load(Path(file))
+
+
+def test_text_keys_keep_what_was_typed(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("tokenizer: a.json\ndata: {train: [a]}\n")
+    config = configs.load(
+        file,
+        {
+            "name": "70",
+            "checkpoint.directory": "2024",
+            "model.size": "70m",
+            "tokenizer": "1e3",
+            "data.train": "[2024, 1e3]",
+            "data.split": "969,30,1",
+        },
+    )
+    assert (config.name, config.checkpoint.directory, config.tokenizer) == ("70", "2024", "1e3")
+    assert (config.data.train, config.data.split) == (("2024", "1e3"), "969,30,1")
+    assert configs.load(file, {"name": "true", "tokenizer": "~"}).tokenizer is None
+    assert configs.load(file, {"name": "null"}).name == "null"
+
+
+def test_a_config_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "config.yaml"
+    configs.save(RunConfig(), file)
+    before = (file.read_bytes(), file.stat().st_ino)
+    configs.save(RunConfig(), file)
+    assert file.stat().st_ino == before[1], "written again although nothing had changed"
+
+    def fail(*_):
+        raise OSError("the disk went away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.replace", fail)
+        with pytest.raises(OSError, match="went away"):
+            configs.save(RunConfig(name="other"), file)
+    assert file.read_bytes() == before[0] and list(tmp_path.iterdir()) == [file]
+    configs.save(RunConfig(name="other"), file)
+    assert configs.load(file).name == "other"

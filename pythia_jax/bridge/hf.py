@@ -1,13 +1,17 @@
 """Hugging Face folders in and out: safetensors, config, generation config, tokenizer.
 
-Tensor names, orientation and layer numbering come from the table of parameters. Reading and
-writing go one tensor at a time.
+Tensor names, orientation and layer numbering come from the table of parameters. Reading goes one
+row of that table at a time, so beside the model being built there is one parameter, its layers
+stacked. Writing goes one shard at a time, so beside the model there is one shard (`SHARD_BYTES`,
+unless told otherwise) and the tensor that did not fit into it.
 """
 
+import glob
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,13 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+SHARD_BYTES = 5 * 10**9
+"""A file of weights is no larger than this unless told otherwise; as transformers 4 cut them."""
+_WRITTEN = re.compile(
+    r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors"
+    r"|model\.safetensors\.index\.json|" + "|".join(map(re.escape, TOKENIZER_FILES))
+)
+"""Names of the files that an export writes, and so the only ones that it may delete."""
 COPIED = (
     "hidden_size",
     "num_hidden_layers",
@@ -66,7 +77,7 @@ def read_config(folder: Path) -> ModelConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{folder}: no config.json; is this a Hugging Face folder?") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
@@ -103,7 +114,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise ConfigError(f"{path}: vocab_size is missing")
     try:
         return ModelConfig.from_dict(fields)
-    except ConfigError as error:
+    except (ConfigError, OverflowError) as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
@@ -211,13 +222,12 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     if not index.is_file():
         raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
     try:
-        weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        places = list(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from None
     files: dict[Path, list[str] | None] = {}
     for name, file in places:
-        if Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(f"{index}: {file!r} is not the name of a file beside it")
         names = files.setdefault(folder / file, [])
         assert names is not None
@@ -285,49 +295,142 @@ def _read_tokenizer_files(folder: Path) -> dict[str, bytes]:
 
 
 def save(
-    model: Model, folder: Path, *, dtype: str | None = None, max_shard_size: int | None = None
+    model: Model,
+    folder: Path,
+    *,
+    dtype: DTypeLike | None = None,
+    max_shard_size: int | None = None,
 ) -> None:
     """Write a folder that `transformers` loads: weights, config, generation config, tokenizer.
 
-    dtype: `float32`, `float16` or `bfloat16`; None keeps the one the weights were stored in.
-    max_shard_size: bytes; more weights than that are cut into shards with an index.
+    dtype: float32, float16 or bfloat16, by name or as a dtype; None keeps the one the weights
+        were stored in.
+    max_shard_size: bytes; more weights than that are cut into shards with an index. None is
+        `SHARD_BYTES`.
 
-    Written beside the target first and moved there whole. Raises ValueError for an unknown dtype,
-    for values that float16 cannot hold and for the current folder, and FileExistsError if
-    something that is no model lies at `folder`.
+    Written beside the target first and moved there whole; an export that was killed while it
+    moved is put right by the next one. Raises ValueError for an unknown dtype, for values that
+    float16 cannot hold and for the current folder, and FileExistsError if anything but a GPT-NeoX
+    model, as this function writes them, lies at `folder`.
     """
-    dtype = dtype or model.stored_dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if max_shard_size is not None and max_shard_size < 1:
-        raise ValueError(f"max_shard_size {max_shard_size} is not a number of bytes above 0")
+    stored_as = model.stored_dtype if dtype is None else _export_dtype(dtype)
+    limit = SHARD_BYTES if max_shard_size is None else max_shard_size
+    if limit < 1:
+        raise ValueError(f"max_shard_size {limit} is not a number of bytes above 0")
     folder = folder.resolve()
     if folder == Path.cwd():
         raise ValueError(f"{folder} is the current folder, which cannot be replaced; name another")
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; choose another place")
-    if folder.exists() and any(folder.iterdir()) and not is_hf_folder(folder):
-        raise FileExistsError(f"{folder} holds something that is not a model; choose another place")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
+    whole = interrupted(folder)
+    if whole is not None:
+        whole.rename(folder)
+    _refuse_what_is_not_ours(folder)
+    _remove_stale(folder)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
+    _discard(_replaced(folder), partial)
     partial.mkdir()
     try:
-        _write_weights(model, partial, dtype, max_shard_size)
-        _write_json(partial / "config.json", config_json(model.config, dtype, model.eod))
+        _write_weights(model, partial, stored_as, limit)
+        _write_json(partial / "config.json", config_json(model.config, stored_as, model.eod))
         generation = {"bos_token_id": model.eod, "eos_token_id": model.eod, "use_cache": True}
         _write_json(partial / "generation_config.json", generation)
         for name, content in tokenizer_files(model).items():
             (partial / name).write_bytes(content)
+        _swap(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    partial.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _export_dtype(dtype: DTypeLike) -> str:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = ""
+    if name not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return name
+
+
+def interrupted(folder: Path) -> Path | None:
+    """Where the model of `folder` lies, if an export was killed between moving it and its own."""
+    replaced = _replaced(folder.resolve())
+    return replaced if not folder.exists() and is_hf_folder(replaced) else None
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def _swap(partial: Path, folder: Path) -> None:
+    """Put `partial` in the place of `folder`."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    replaced = _replaced(folder)
+    folder.rename(replaced)
+    try:
+        partial.rename(folder)
+    except BaseException:
+        replaced.rename(folder)
+        raise
+    _discard(replaced, partial)
+
+
+def _discard(replaced: Path, free: Path) -> None:
+    """Delete an older model, under the name `free`: what is called `replaced` is always whole."""
+    if replaced.exists():
+        _refuse_what_is_not_ours(replaced)
+        replaced.rename(free)
+        shutil.rmtree(free, ignore_errors=True)
+
+
+def _refuse_what_is_not_ours(folder: Path) -> None:
+    """Raise FileExistsError unless `folder` is free, empty, or a model as we write them."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; choose another place")
+    inside = sorted(folder.iterdir())
+    others = [p.name for p in inside if not (_WRITTEN.fullmatch(p.name) and p.is_file())]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise FileExistsError(
+            f"{folder} holds what is no part of an exported model and would be lost: "
+            f"{', '.join(others[:3])}{more}; move it away or choose another place"
+        )
+    if inside and _model_type(folder) != "gpt_neox":
+        raise FileExistsError(
+            f"{folder} holds something that is not a GPT-NeoX model; choose another place"
+        )
+
+
+def _model_type(folder: Path) -> object:
+    try:
+        return json.loads((folder / "config.json").read_bytes())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _remove_stale(folder: Path) -> None:
+    """Delete what exports to `folder` whose process is gone have left half-written."""
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # elsewhere, signal 0 is not a question
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's, and alive
+    return True
 
 
 def tokenizer_files(model: Model) -> dict[str, bytes]:
@@ -354,11 +457,10 @@ def tokenizer_files(model: Model) -> dict[str, bytes]:
     return files
 
 
-def _write_weights(model: Model, folder: Path, dtype: str, max_shard_size: int | None) -> None:
-    """Greedy shards in the table's order; only the tensors of one shard are in memory."""
+def _write_weights(model: Model, folder: Path, dtype: str, limit: int) -> None:
+    """Greedy shards of up to `limit` bytes in the table's order, each written once it is full."""
     width = DTYPES[dtype].itemsize
     total = sum(array.size for _, array in parameter_items(model.params)) * width
-    limit = max_shard_size or total
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
     size = 0

@@ -12,7 +12,6 @@ from typing import overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from pythia_jax.configs import ModelConfig, Runtime
@@ -130,12 +129,13 @@ def check_tokens(tokens: AnyArray, config: ModelConfig) -> None:
             f"tokens of shape {tokens.shape} and dtype {tokens.dtype}: whole numbers, "
             "[batch, seq], are wanted"
         )
-    if tokens.size and not isinstance(tokens, Tracer):
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= config.vocab_size:
-            raise ValueError(
-                f"token {low if low < 0 else high} is not in the vocabulary of {config.vocab_size}"
-            )
+    try:
+        ids = np.asarray(tokens)
+    except jax.errors.TracerArrayConversionError:
+        return
+    wrong = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if wrong.size:
+        raise ValueError(f"token {wrong[0]} is not in the vocabulary of {config.vocab_size}")
 
 
 def embed(params: Params, tokens: Int[AnyArray, "*rows"]) -> Float[Array, "*rows hidden"]:

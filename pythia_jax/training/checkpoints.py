@@ -3,11 +3,12 @@
 `checkpoints/<step>/` holds the scheduled steps (`RunConfig.checkpoint_steps`), each the whole
 state or, with `archive: params`, the parameters alone. `resume/<step>/` holds whole states
 between them, the newest few. A checkpoint is written under a temporary name and moved in place
-when complete: a process killed at any moment leaves the earlier ones as they were.
+when complete, and moved out of its place before it is deleted: a process killed at any moment
+leaves no half of one under the name of a step.
 """
 
 import logging
-import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,35 +18,35 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.typing import DTypeLike
 
-from pythia_jax.configs import ConfigError, RunConfig
+from pythia_jax.configs import RunConfig
 from pythia_jax.model import parameters
 from pythia_jax.model.parameters import Params
+from pythia_jax.training import provenance
 from pythia_jax.training.step import TrainState, abstract_state
 
 log = logging.getLogger(__name__)
 
-
-def surroundings() -> dict[str, Any]:
-    """What the last bits of a run depend on, besides its config."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return {
-        "jax": jax.__version__,
-        "platform": jax.default_backend(),
-        "devices": jax.device_count(),
-        "processes": jax.process_count(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
-    }
+DELETED = ".deleted"
+"""Folder inside resume/ that old states are moved into, in one go, before they are deleted."""
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. A context manager: leaving it waits for pending writes."""
+    """The checkpoints of one run folder. A context manager: leaving it waits for pending writes.
+
+    What a killed process left half-written or half-deleted is cleared away.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
+        self._steps = frozenset(config.checkpoint_steps)
         # Orbax wants absolute paths.
         folder = Path(config.checkpoint.directory).absolute()
+        self._deleted = folder / "resume" / DELETED
+        self._clear_deleted()
         self._scheduled = _manager(folder / "checkpoints", keep=None)
         self._resume = _manager(folder / "resume", keep=config.checkpoint.keep_resume)
+        self._is_whole: dict[int, bool] = {}  # of scheduled steps, as far as looked at
+        self._can_resume = self._newest_whole() is not None
         self._last_full = time.monotonic()
 
     def __enter__(self) -> "Checkpoints":
@@ -54,10 +55,11 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self._scheduled.close()
         self._resume.close()
+        shutil.rmtree(self._deleted, ignore_errors=True)
 
     def due(self, step: int) -> bool:
         """Whether something should be saved at this step: it is scheduled, or time has passed."""
-        return step in self._config.checkpoint_steps or self._resume_due()
+        return step in self._steps or self._resume_due()
 
     def _resume_due(self) -> bool:
         minutes = (time.monotonic() - self._last_full) / 60
@@ -69,30 +71,66 @@ class Checkpoints:
         Returns while the write goes on in the background; an error in it surfaces at the next
         save or when the context is left.
         """
-        whole = self._config.checkpoint.archive == "state"
-        scheduled = step in self._config.checkpoint_steps
-        if scheduled and step not in self._scheduled.all_steps():
-            self._write(self._scheduled, step, state if whole else {"params": state.params})
-        full = scheduled and whole
-        if not full and (leaving or self._resume_due()) and step not in self._resume.all_steps():
-            self._write(self._resume, step, state)
-            full = True
-        if full:
+        scheduled = step in self._steps
+        archive_whole = self._config.checkpoint.archive == "state"
+        there = step in self._scheduled.all_steps()
+        whole = scheduled and (self._whole(step) if there else archive_whole)
+        # The first archived parameters go with a whole state, or a run that is killed before
+        # the clock brings one could not go on.
+        wanted = leaving or self._resume_due() or (scheduled and not self._can_resume)
+        if wanted and not whole and step not in self._resume.all_steps():
+            self._write(self._resume, step, state, whole=True)
+            if not self._can_resume:
+                self._resume.wait_until_finished()
+            whole = True
+        if scheduled and not there:
+            tree = state if archive_whole else {"params": state.params}
+            self._write(self._scheduled, step, tree, whole=archive_whole)
+            self._is_whole[step] = archive_whole
+        if whole:
+            self._can_resume = True
             self._last_full = time.monotonic()
 
-    def _write(self, manager: ocp.CheckpointManager, step: int, tree: Any) -> None:
+    def _write(self, manager: ocp.CheckpointManager, step: int, tree: Any, *, whole: bool) -> None:
+        self._clear_deleted()
+        about = {**provenance.surroundings(self._config), "whole": whole}
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(tree),  # type: ignore[call-arg]
-            surroundings=ocp.args.JsonSave(surroundings()),  # type: ignore[call-arg]
+            surroundings=ocp.args.JsonSave(about),  # type: ignore[call-arg]
         )
         manager.save(step, args=args, force=True)
 
+    def _clear_deleted(self) -> None:
+        # Orbax may be moving another step into the folder, so the folder itself stays.
+        for path in self._deleted.glob("*"):
+            shutil.rmtree(path)
+
     def newest(self) -> int | None:
-        """The newest step that training can resume from, or None."""
-        steps = list(self._resume.all_steps())
-        if self._config.checkpoint.archive == "state":
-            steps += self._scheduled.all_steps()
-        return max(steps, default=None)
+        """The newest step that training can resume from; None where nothing was saved yet.
+
+        Raises RuntimeError if there are checkpoints beyond step 0, but of parameters alone:
+        starting again would lose what they have behind them.
+        """
+        newest, scheduled = self._newest_whole(), self._scheduled.all_steps()
+        if newest is None and max(scheduled, default=0) > 0:
+            there = ", ".join(map(str, sorted(scheduled)))
+            raise RuntimeError(
+                f"{self._scheduled.directory}: holds steps {there}, but of each the parameters "
+                "alone (archive: params), and resume/ beside it holds no state: training cannot go "
+                "on from them. Choose another checkpoint.directory to start from step 0"
+            )
+        return newest
+
+    def _newest_whole(self) -> int | None:
+        resume, scheduled = self._resume.all_steps(), self._scheduled.all_steps()
+        steps = sorted({*resume, *scheduled}, reverse=True)
+        return next((step for step in steps if step in resume or self._whole(step)), None)
+
+    def _whole(self, step: int) -> bool:
+        """Whether a scheduled checkpoint holds the whole state, whatever `archive` says now."""
+        if step not in self._is_whole:
+            self._is_whole[step] = _about(self._scheduled, step).get("whole", False)
+        return self._is_whole[step]
 
     def restore(self, step: int) -> TrainState:
         """The whole state of a step; says how exactly the run goes on from it."""
@@ -105,18 +143,22 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(  # type: ignore[call-arg]
                 item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-            ),
-            surroundings=ocp.args.JsonRestore(),  # type: ignore[call-arg]
+            )
         )
-        found = manager.restore(step, args=args)
-        now = surroundings()
-        changed = [key for key in now if found["surroundings"].get(key) != now[key]]
-        if changed:
-            was = ", ".join(f"{k} {found['surroundings'].get(k)} -> {now[k]}" for k in changed)
+        state = manager.restore(step, args=args)["state"]
+        now = provenance.surroundings(self._config)
+        if changed := provenance.changed_surroundings(_about(manager, step), now):
+            was = ", ".join(changed)
             log.warning("resumed from step %d, equal to rounding only: %s", step, was)
         else:
             log.info("resumed from step %d, bit for bit", step)
-        return found["state"]
+        return state
+
+
+def _about(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What was saved beside a state: the surroundings it was computed in, whether it is whole."""
+    args = ocp.args.Composite(surroundings=ocp.args.JsonRestore())  # type: ignore[call-arg]
+    return manager.restore(step, args=args)["surroundings"]
 
 
 def load_params(
@@ -155,28 +197,12 @@ def load_params(
     return step, found["params"]
 
 
-def check_same_run(saved: RunConfig, wanted: RunConfig, folder: Path) -> None:
-    """Refuse to go on in a folder whose run computed something else.
-
-    Raises ConfigError that names each key that decides the run and differs.
-    """
-    differing = []
-    for section in ("model", "data", "optimizer", "training"):
-        before, after = getattr(saved, section), getattr(wanted, section)
-        for key in before.__dataclass_fields__:
-            free = section == "training" and key in ("attention", "remat", "on_nonfinite")
-            if not free and getattr(before, key) != getattr(after, key):
-                was, now = getattr(before, key), getattr(after, key)
-                differing.append(f"{section}.{key} was {was!r}, is {now!r}")
-    if differing:
-        raise ConfigError(
-            f"{folder} holds a run of another config: {'; '.join(differing)}. Set the old values "
-            "to go on with it, or choose another checkpoint.directory"
-        )
-
-
 def _manager(folder: Path, keep: int | None) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=True, enable_async_checkpointing=True
+        max_to_keep=keep,
+        create=True,
+        enable_async_checkpointing=True,
+        cleanup_tmp_directories=True,
+        todelete_subdir=DELETED,
     )
     return ocp.CheckpointManager(folder, options=options)

@@ -23,21 +23,29 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     over *all* steps (not those after the warm-up) and is clipped at the floor: for a floor of a
     tenth of the peak it lies there from 80.5 % of training on. Later GPT-NeoX anneals otherwise.
 
-    Plain numbers and NumPy arrays are computed in float64, JAX arrays in their default float.
+    In float64, by NumPy; `learning_rates` are what updates use.
     """
     warmup = config.warmup_fraction * steps
     peak, floor = config.peak_learning_rate, config.min_learning_rate
 
     def schedule(update: Any) -> Any:
-        xp = jnp if isinstance(update, jax.Array) else np
-        annealed = xp.minimum(update, steps - warmup) - warmup
-        cosine = peak / 2 * (1 + xp.cos(np.pi * annealed / steps))
-        rate = xp.maximum(cosine, floor)
+        annealed = np.minimum(update, steps - warmup) - warmup
+        cosine = peak / 2 * (1 + np.cos(np.pi * annealed / steps))
+        rate = np.maximum(cosine, floor)
         if warmup > 0:
-            rate = xp.where(update <= warmup, peak * update / warmup, rate)
+            rate = np.where(update <= warmup, peak * update / warmup, rate)
         return rate
 
     return schedule
+
+
+def learning_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
+    """`learning_rate` of every update of a run, rounded to float32.
+
+    A table, for a float32 cosine on the device would be off by several units in the last place,
+    and by how many would depend on the device.
+    """
+    return learning_rate(config, steps)(np.arange(steps)).astype(np.float32)
 
 
 def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -46,11 +54,12 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
     p -= lr(n) x (m̂ / (sqrt(v̂) + eps) + decay x p) at update n = 0, 1, …; norms and biases are
     not decayed.
     """
+    rates = learning_rates(config, steps)
     return optax.chain(
         clip_by_global_norm(config.gradient_clip),
         scale_by_adam(config),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask()),
-        optax.scale_by_learning_rate(learning_rate(config, steps)),
+        optax.scale_by_learning_rate(lambda update: jnp.asarray(rates)[update]),
     )
 
 

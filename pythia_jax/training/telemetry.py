@@ -68,11 +68,7 @@ class Telemetry:
             return
         (step, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in metrics.items()}
-        if not all(map(math.isfinite, values.values())):
-            raise NonFiniteError(
-                f"step {step}: {values}; the newest checkpoint in {self._path.parent} is from "
-                "before it. Lower the learning rate, or look at the batch with `data batches`"
-            )
+        self._require_numbers(step, values)
         self._steps_since += 1
         self._bar.update()
         if step % self._config.logging.every and step != self._config.training.steps - 1:
@@ -92,16 +88,29 @@ class Telemetry:
         self._bar.set_postfix({"loss": f"{values['loss']:.3f}", "tokens/s": speed})
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl and one TensorBoard event a value."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """One line of metrics.jsonl and one TensorBoard event a value.
+
+        Raises NonFiniteError, with nothing written, if a value is no number.
+        """
+        self._require_numbers(step, values)
+        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
+    def _require_numbers(self, step: int, values: dict[str, float]) -> None:
+        if not all(map(math.isfinite, values.values())):
+            raise NonFiniteError(
+                f"step {step}: {values}; the newest checkpoint in {self._path.parent} is from "
+                "before it. Lower the learning rate, or look at the batch with `data batches`"
+            )
+
     def restart_clock(self) -> None:
-        """Leave what was done since the last step (saving, evaluating) out of the speed."""
-        self._since = time.perf_counter()
-        self._steps_since = 0
+        """Leave what was done since the last step (saving, evaluating) out of the speed.
+
+        Steps, seconds and waits begin anew together, or a mean of them would be wrong.
+        """
+        self._since, self._steps_since, self._data_wait = time.perf_counter(), 0, 0.0
 
 
 def drop_lines_from(path: Path, step: int) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import jax
 
-from pythia_jax import configs, data
+from pythia_jax import data
 from pythia_jax.configs import ConfigError, RunConfig
 from pythia_jax.model.loss import loss
 from pythia_jax.model.parameters import Params
-from pythia_jax.training.checkpoints import Checkpoints, check_same_run
+from pythia_jax.training.checkpoints import Checkpoints
 from pythia_jax.training.feed import read_ahead
 from pythia_jax.training.optimizer import learning_rate
+from pythia_jax.training.provenance import enter_run
 from pythia_jax.training.step import TrainState, init_state, jitted_train_step
 from pythia_jax.training.telemetry import Telemetry, plot_loss
 
@@ -41,10 +42,15 @@ def train(
 
     stop_at: leave at this step, with everything saved to go on from it.
 
-    Writes checkpoints, metrics.jsonl, TensorBoard events, config.yaml and loss.png into
-    `checkpoint.directory`. Raises ConfigError if the folder holds another run, and NonFiniteError
-    if the loss stops being a number.
+    Writes checkpoints, metrics.jsonl, TensorBoard events, config.yaml, data.json, tokenizer.json
+    and loss.png into `checkpoint.directory`. Raises ConfigError if the folder holds another run,
+    RuntimeError if it holds checkpoints but none to go on from, and NonFiniteError if the loss
+    stops being a number.
     """
+    if stop_at is not None and stop_at < 0:
+        raise ValueError(f"stop_at: {stop_at} is no step of a run; they count from 0")
+    if config.model is None:
+        raise ConfigError("model: missing; a training run needs one (for example size: 70m)")
     folder = Path(config.checkpoint.directory)
     last = config.training.steps
     stop = last if stop_at is None else min(stop_at, last)
@@ -59,14 +65,15 @@ def train(
         feed = read_ahead(batches, start, stop)
         with Telemetry(config, start, schedule, show_progress) as telemetry:
             for step in range(start, stop + 1):
-                if checkpoints.due(step) or step == stop:
-                    telemetry.flush()  # a checkpoint of a loss that is no number is never written
-                    checkpoints.save(step, state, leaving=step == stop)
-                    telemetry.restart_clock()
+                # Before the checkpoint: none is written of a loss that is no number.
                 if validation is not None and evaluation_due(config, step):
                     telemetry.flush()
                     value = held_out_loss(state.params, config, validation, step)
                     telemetry.write(step, {"validation_loss": value})
+                    telemetry.restart_clock()
+                if checkpoints.due(step) or step == stop:
+                    telemetry.flush()
+                    checkpoints.save(step, state, leaving=step == stop)
                     telemetry.restart_clock()
                 if step >= stop:
                     break
@@ -115,16 +122,11 @@ def run_folder(config: RunConfig) -> Iterator[None]:
     included.
     """
     folder = Path(config.checkpoint.directory)
-    if config.model is None:
-        raise ConfigError("model: missing; a training run needs one (for example size: 70m)")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(f"{folder}: another process is training in this folder") from None
-        saved = folder / "config.yaml"
-        if saved.is_file():
-            check_same_run(configs.load(saved), config, folder)
-        configs.save(config, saved)
+        enter_run(config, folder)
         yield

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -336,6 +338,10 @@ def test_loaded_config_keeps_the_activation_it_names(folder):
         ({"use_parallel_residual": "no"}, "use_parallel_residual: 'no'"),
         ({"rotary_pct": 0.2}, r"rotary_pct: 0\.2"),
         ({"rope_parameters": "none"}, "rope_parameters"),
+        ({"rotary_emb_base": 10**400}, "too large"),
+        ({"rotary_emb_base": [1]}, "rotary_emb_base"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps"),
+        ({"hidden_act": ["gelu"]}, "hidden_act"),
     ],
     ids=str,
 )
@@ -346,7 +352,9 @@ def test_config_that_cannot_be_is_an_error_that_names_file_and_value(values, mes
     assert str(error.value).startswith(f"{folder / 'config.json'}: ")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe"], ids=str)
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 10_000], ids=range(6)
+)
 def test_config_that_is_no_json_object_is_an_error_that_names_the_file(content, folder):
     (folder / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.json"):
@@ -466,11 +474,22 @@ def test_index_that_promises_what_a_shard_lacks_is_an_error(tmp_path):
         pj.load(folder)
 
 
-@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b'{"weight_map": 3}', b"\xff"], ids=str)
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"{", b"{}", b"[]", b"\xff", b"[" * 100_000),
+        *(b'{"weight_map": 3}', b'{"weight_map": []}', b'{"weight_map": {}}'),
+        *(b'{"weight_map": {"a": 3}}', b'{"weight_map": {"a": null}}'),
+        *(b'{"weight_map": {"a": ["b"]}}', b'{"weight_map": {"a": ""}}'),
+        *(b'{"weight_map": {"a": "."}}', b'{"weight_map": {"a": "config.json"}}'),
+        *(b'{"weight_map": {"a": "\\u0000"}}', b'{"weight_map": {"a": "\\ud800"}}'),
+    ],
+    ids=lambda content: str(content[:30]),
+)
 def test_index_that_is_none_is_an_error_that_names_it(content, folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json|config\.json"):
         pj.load(folder)
 
 
@@ -499,6 +518,66 @@ def test_nothing_there_and_something_else_there_are_told_apart(tmp_path):
         pj.load(tmp_path / "file")
 
 
+def test_scalar_in_the_place_of_a_weight_is_an_error(folder):
+    name = "gpt_neox.final_layer_norm.bias"
+    change_tensors(folder, lambda t: t.update({name: torch.tensor(1.0)}))
+    with pytest.raises(CheckpointError, match=r"final_layer_norm\.bias has shape \(\)"):
+        pj.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "command"),
+    [
+        ("70m", {}, "hf download EleutherAI/pythia-70m --local-dir pythia-70m`"),
+        ("pythia-19m", {}, "EleutherAI/pythia-70m "),
+        ("EleutherAI/pythia-70m-deduped", {}, "EleutherAI/pythia-70m-deduped "),
+        ("70m", {"step": 3000}, "EleutherAI/pythia-70m --revision step3000 "),
+        ("someone/else", {"revision": "main"}, "someone/else --revision main "),
+        (Path("EleutherAI/pythia-70m"), {"cache_dir": "cache"}, "EleutherAI/pythia-70m "),
+    ],
+    ids=str,
+)
+def test_model_on_the_hub_is_told_how_to_get(name, how, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="hub is not supported yet") as error:
+        pj.load(name, **how)
+    assert command in str(error.value) and "snapshot_download" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["runs", "./a/b/c", "/70m/x", "~/model"])
+def test_path_that_is_no_hub_id_is_just_not_there(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder") as error:
+        pj.load(name)
+    assert "hub" not in str(error.value)
+
+
+def test_folder_goes_before_a_model_of_its_name(theirs, tmp_path, monkeypatch):
+    shutil.copytree(theirs, tmp_path / "70m")
+    monkeypatch.chdir(tmp_path)
+    assert pj.load("70m", cache_dir=tmp_path / "cache").config == TINY
+
+
+def test_revision_of_a_folder_is_an_error(theirs):
+    with pytest.raises(ValueError, match="revision 'step3000'"):
+        pj.load(theirs, revision="step3000")
+
+
+@pytest.mark.parametrize("dtype", [np.float64, "float64", float], ids=str)
+def test_float64_is_given_or_refused_but_never_made_float32(dtype, theirs):
+    with pytest.raises(ValueError, match="JAX_ENABLE_X64"):
+        pj.load(theirs, dtype=dtype)
+    with jax.enable_x64(True):
+        params = pj.load(theirs, dtype=dtype).params
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float64)}
+
+
+@pytest.mark.parametrize("dtype", ["float7", np.int32, bool], ids=str)
+def test_dtype_that_no_parameters_have_is_an_error(dtype, theirs):
+    with pytest.raises(ValueError, match="float16, bfloat16, float32, float64"):
+        pj.load(theirs, dtype=dtype)
+
+
 def test_step_of_a_folder_that_has_one_checkpoint_is_an_error(theirs):
     with pytest.raises(ValueError, match="one checkpoint"):
         pj.load(theirs, step=3)
@@ -512,11 +591,123 @@ def listing(folder):
 
 
 def test_export_replaces_an_older_model_whole(folder):
-    (folder / "pytorch_model.bin").write_bytes(b"stale")
     pj.save_hf(our_model(), folder, max_shard_size=40_000)
-    files = {path.name for path in folder.iterdir()}
-    assert not files & {"pytorch_model.bin", "model.safetensors"}
+    pj.save_hf(our_model(), folder, max_shard_size=80_000)
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert shards == sorted(set(index["weight_map"].values()))
+    pj.save_hf(our_model(), folder)
+    assert not list(folder.glob("*0*.safetensors")) and not list(folder.glob("*.index.json"))
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("pytorch_model.bin", "README.md", "notes.txt", "adapter_model.safetensors", ".git/HEAD"),
+        *("logs/tokenizer.json", "tokenizer.json/part", "config.json.bak"),
+    ],
+)
+def test_model_folder_with_anything_else_in_it_is_not_overwritten(name, folder):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("keep me")
+    before = listing(folder.parent)
+    with pytest.raises(FileExistsError, match=re.escape(Path(name).parts[0])):
+        pj.save_hf(our_model(), folder)
+    assert listing(folder.parent) == before
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "llama"}', "{}", "[]", "{"])
+def test_model_of_another_kind_is_not_overwritten(content, folder):
+    (folder / "config.json").write_text(content)
+    before = listing(folder.parent)
+    with pytest.raises(FileExistsError, match="not a GPT-NeoX model"):
+        pj.save_hf(our_model(), folder)
+    assert listing(folder.parent) == before
+
+
+def kill_at_rename(monkeypatch, number, saving):
+    """What a kill leaves just before the `number`th rename of a folder: nothing is cleaned up."""
+
+    class Kill(BaseException):
+        pass
+
+    real, calls = Path.rename, []
+
+    def rename(self, target):
+        if self.is_dir():
+            calls.append(self)
+            if len(calls) >= number:
+                raise Kill
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        patch.setattr(hf.os, "getpid", lambda: 2**22 + 1)  # more than Linux ever gives out
+        # Somebody killed does not tidy up either.
+        patch.setattr(hf.shutil, "rmtree", lambda *args, **kwargs: None)
+        with pytest.raises(Kill):
+            saving()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_export_killed_as_it_moves_loses_nothing_and_is_put_right(number, folder, monkeypatch):
+    before, place = stored(folder), folder.parent
+    model = replace(our_model(), params=jax.tree.map(lambda x: x + 1, our_model().params))
+    kill_at_rename(monkeypatch, number, lambda: pj.save_hf(model, folder))
+    held = [
+        stored(path)
+        for path in place.iterdir()
+        if not path.name.startswith(f".{folder.name}.partial")
+    ]
+    assert before in held
+    if number == 2:
+        assert not folder.exists()
+        with pytest.raises(FileNotFoundError, match=r"whole in .*\.model\.replaced"):
+            pj.load(folder)
+        # One that fails puts back what was there.
+        monkeypatch.setattr(hf, "_write_weights", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pj.save_hf(model, folder)
+        assert stored(folder) == before
+        monkeypatch.undo()
+    pj.save_hf(model, folder)
+    assert [path.name for path in place.iterdir()] == [folder.name]
+    assert stored(folder) != before and stored(folder).keys() == before.keys()
+
+
+def test_failed_second_rename_puts_the_first_back(folder, monkeypatch):
+    before, real = listing(folder.parent), Path.rename
+
+    def rename(self, target):
+        if ".partial" in self.name:
+            raise OSError(5, "Input/output error")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="Input/output"):
+        pj.save_hf(our_model(), folder)
+    assert listing(folder.parent) == before
+
+
+def test_only_the_partial_folders_of_dead_processes_are_removed(tmp_path):
+    dead, alive = f".out.partial-{2**22 + 1}", f".out.partial-{os.getppid()}"
+    for name in (dead, alive, ".out.partial-mine", ".outer.partial-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard-0.safetensors").write_bytes(b"half")
+    pj.save_hf(our_model(), tmp_path / "out")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"out", alive, ".out.partial-mine", ".outer.partial-1"}
+
+
+def test_hidden_folder_of_somebody_else_is_not_deleted(folder):
+    other = folder.parent / f".{folder.name}.replaced"
+    other.mkdir()
+    (other / "notes.txt").write_text("keep me")
+    before = listing(folder.parent)
+    with pytest.raises(FileExistsError, match=r"replaced.*notes\.txt"):
+        pj.save_hf(our_model(), folder)
+    assert listing(folder.parent) == before
 
 
 def test_export_may_overwrite_the_folder_it_was_loaded_from(folder):
@@ -530,7 +721,7 @@ def test_folder_that_is_no_model_is_not_overwritten(name, tmp_path):
     target = tmp_path / "mine"
     (target / name).parent.mkdir(parents=True)
     (target / name).write_text("keep me")
-    with pytest.raises(FileExistsError, match="mine"):
+    with pytest.raises(FileExistsError, match=f"mine.*{re.escape(name.split('/')[0])}"):
         pj.save_hf(our_model(), target)
     assert listing(tmp_path) == {f"mine/{name}": b"keep me"}
 
@@ -592,6 +783,51 @@ def test_unknown_dtype_is_an_error_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"'float8'.*float32, float16, bfloat16"):
         pj.save_hf(our_model(), tmp_path / "out", dtype="float8")
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, "int8", "float64", int], ids=str)
+def test_dtype_that_no_export_has_is_an_error(dtype, tmp_path):
+    with pytest.raises(ValueError, match="float32, float16, bfloat16"):
+        pj.save_hf(our_model(), tmp_path / "out", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (jnp.bfloat16, "bfloat16"),
+        (np.float16, "float16"),
+        (jnp.dtype("bfloat16"), "bfloat16"),
+        (np.dtype("float32"), "float32"),
+    ],
+    ids=str,
+)
+def test_export_takes_dtypes_as_well_as_their_names(dtype, name, tmp_path):
+    pj.save_hf(our_model(), tmp_path / "out", dtype=dtype)
+    assert {kind for kind, _, _ in stored(tmp_path / "out").values()} == {f"torch.{name}"}
+
+
+def test_weights_are_cut_into_shards_without_being_asked(tmp_path, monkeypatch):
+    assert hf.SHARD_BYTES == 5_000_000_000
+    monkeypatch.setattr(hf, "SHARD_BYTES", 40_000)
+    pj.save_hf(our_model(), tmp_path / "default")
+    pj.save_hf(our_model(), tmp_path / "asked", max_shard_size=40_000)
+    assert len(list((tmp_path / "default").glob("*.safetensors"))) > 1
+    assert listing(tmp_path / "default") == listing(tmp_path / "asked")
+
+
+def test_only_one_shard_is_in_memory(tmp_path, monkeypatch):
+    sizes, alive, real = [], [], hf.save_file
+
+    def save_file(pending, path, **how):
+        # Arrays of the shards before are gone by the time that the next is written.
+        assert all(ref() is None for ref in alive)
+        alive[:] = [weakref.ref(value) for value in pending.values()]
+        sizes.append(sum(value.nbytes for value in pending.values()))
+        return real(pending, path, **how)
+
+    monkeypatch.setattr(hf, "save_file", save_file)
+    pj.save_hf(our_model(), tmp_path / "out", dtype="float16", max_shard_size=40_000)
+    assert len(sizes) > 3 and max(sizes) <= 40_000
 
 
 @pytest.mark.parametrize("size", [0, -1])

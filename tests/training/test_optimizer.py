@@ -1,16 +1,23 @@
 """Schedule and update against GPT-NeoX v1.0's published numbers and a reference written out."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from pythia_jax import suite
 from pythia_jax.configs import OptimizerConfig
 from pythia_jax.model.parameters import TABLE, tree
-from pythia_jax.training.optimizer import learning_rate, optimizer
+from pythia_jax.training.optimizer import (
+    clip_by_global_norm,
+    learning_rate,
+    optimizer,
+    scale_by_adam,
+)
 
 STEPS = 143_000
 # lr(n) of update n of pythia-70m, by GPT-NeoX v1.0's own AnnealingLR.
@@ -56,11 +63,21 @@ def test_it_is_not_the_schedule_of_later_gpt_neox() -> None:
     assert abs(float(learning_rate(OptimizerConfig(), STEPS)(50_000)) - 0.0007629620) > 1e-5
 
 
-def test_inside_jit_the_rate_is_the_same_to_float32() -> None:
-    schedule = learning_rate(OptimizerConfig(), STEPS)
-    at = np.array(list(PUBLISHED))
-    inside = jax.jit(jax.vmap(schedule))(jnp.asarray(at))
-    np.testing.assert_allclose(inside, schedule(at), rtol=1e-5)
+def test_every_update_uses_the_float64_schedule_rounded_once() -> None:
+    # A parameter of 1 without a gradient moves by its decay alone: minus the rate, to the bit.
+    transform = optimizer(OptimizerConfig(weight_decay=1.0), STEPS)
+    params = _leaves(1.0)
+    start, still = transform.init(params), _leaves(0.0)
+
+    def rate(update: jax.Array) -> jax.Array:
+        state = optax.tree_utils.tree_set(start, count=update)
+        updates: Any = transform.update(still, state, params)[0]
+        return -updates["embed_out"]["kernel"][0]
+
+    used = np.asarray(jax.jit(jax.vmap(rate))(jnp.arange(STEPS)))
+    logged = learning_rate(OptimizerConfig(), STEPS)(np.arange(STEPS))
+    assert used.dtype == np.float32
+    np.testing.assert_array_equal(used, logged.astype(np.float32))
 
 
 def test_without_warmup_the_first_update_has_the_peak_rate() -> None:
@@ -103,6 +120,28 @@ def test_updates_follow_adamw_with_correction_one_step_ahead_and_clipping() -> N
             expected[path] = expected[path] - rate * (step + decay * expected[path])
     for path, value in _flat(params).items():
         np.testing.assert_allclose(value, expected[path], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("norm", [8.5e-6, 9.5e-6, 2e-5, 1e-3])
+def test_the_clip_adds_a_millionth_to_the_norm(norm: float) -> None:
+    # 9.5e-6 lies below a largest norm of 1e-5, and above it with the millionth added.
+    gradients = {"a": jnp.array([0.6 * norm]), "b": jnp.array([0.8 * norm])}
+    clip = clip_by_global_norm(1e-5)
+    clipped: Any = clip.update(gradients, clip.init(gradients))[0]
+    factor = 1 / max(1.0, (norm + 1e-6) / 1e-5)
+    np.testing.assert_allclose(clipped["a"], [0.6 * norm * factor], rtol=1e-6)
+    np.testing.assert_allclose(clipped["b"], [0.8 * norm * factor], rtol=1e-6)
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-6])
+def test_eps_is_added_to_the_root(eps: float) -> None:
+    adam = scale_by_adam(OptimizerConfig(eps=eps))
+    g = np.array([1e-8, -3e-8, 1e-7])
+    gradient = {"a": jnp.asarray(g, jnp.float32)}
+    updates: Any = adam.update(gradient, adam.init(gradient))[0]
+    # The first real update is corrected as the second.
+    m, v = 0.1 * g / (1 - 0.9**2), 0.05 * g * g / (1 - 0.95**2)
+    np.testing.assert_allclose(updates["a"], m / (np.sqrt(v) + eps), rtol=1e-5)
 
 
 def test_the_first_update_changes_nothing() -> None:

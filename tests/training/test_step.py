@@ -1,5 +1,6 @@
 """The train step against torch, and against itself cut up in other ways."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -12,15 +13,26 @@ from reference import hf_model
 
 from pythia_jax import data
 from pythia_jax.configs import RunConfig
-from pythia_jax.training.optimizer import learning_rate
 from pythia_jax.training.step import init_state, train_step
+
+
+def annealed(n: int, config: RunConfig) -> float:
+    """The rate of update n as GPT-NeoX v1.0's AnnealingLR has it, with "cosine" as its style."""
+    start_lr, min_lr = config.optimizer.peak_learning_rate, config.optimizer.min_learning_rate
+    end_iter = config.training.steps
+    warmup_iter = config.optimizer.warmup_fraction * end_iter
+    num_iters_ = min(n, end_iter - warmup_iter)
+    if warmup_iter > 0 and n <= warmup_iter:
+        return start_lr * num_iters_ / warmup_iter
+    num_iters_ = num_iters_ - warmup_iter
+    lr = start_lr / 2.0 * (math.cos(math.pi * num_iters_ / end_iter) + 1)
+    return max(lr, min_lr)
 
 
 def torch_losses(params: dict, config: RunConfig, steps: int) -> list[float]:
     """Losses of a plain torch loop with the semantics of GPT-NeoX v1.0."""
     assert config.model is not None
     model = hf_model(params, config.model).train()
-    schedule = learning_rate(config.optimizer, config.training.steps)
     batches = data.batches(config)
     named = list(model.named_parameters())
     m = [torch.zeros_like(p) for _, p in named]
@@ -47,7 +59,7 @@ def torch_losses(params: dict, config: RunConfig, steps: int) -> list[float]:
                 k = n + 2
                 update = (m_ / (1 - 0.9**k)) / ((v_ / (1 - 0.95**k)).sqrt() + 1e-8)
                 decayed = not (name.endswith("bias") or "norm" in name)
-                p -= float(schedule(n)) * (update + (0.1 * p if decayed else 0))
+                p -= annealed(n, config) * (update + (0.1 * p if decayed else 0))
     return losses
 
 

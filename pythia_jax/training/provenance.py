@@ -1,0 +1,180 @@
+"""What a run depends on, written down beside it, and compared before anyone goes on with it."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pythia_jax import configs
+from pythia_jax.configs import ConfigError, MeshConfig, RunConfig
+from pythia_jax.data import open_dataset
+
+SPLITS = ("train", "validation")
+"""The splits that training reads."""
+FREE = {
+    # Other rounding, but the same run: `surroundings` tells.
+    "training": ("attention", "remat", "on_nonfinite"),
+    # Paths, compared by what lies there; the test split is never read.
+    "data": (*SPLITS, "test", "test_weights"),
+}
+"""Keys that may change while a run goes on, in the sections that decide it."""
+
+
+def surroundings(config: RunConfig) -> dict[str, Any]:
+    """What the last bits of a run depend on, besides the keys that must not change."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
+    return {
+        "jax": jax.__version__,
+        "platform": jax.default_backend(),
+        "device_kind": jax.local_devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        # One device serves a run, whatever the config leaves open with -1.
+        "mesh": {axis.name: 1 for axis in dataclasses.fields(MeshConfig)},
+        "runtime": dataclasses.asdict(config.runtime),
+        "cores": len(cpus),
+        "cpus": cpus,
+    }
+
+
+def changed_surroundings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two `surroundings` and may change bits, in words.
+
+    How many cores there are decides how sums are cut up; which ones they are does not.
+    """
+
+    def flat(values: dict[str, Any]) -> dict[str, Any]:
+        nested = {k: v if isinstance(v, dict) else {"": v} for k, v in values.items()}
+        return {f"{k}.{i}".rstrip("."): x for k, v in nested.items() for i, x in v.items()}
+
+    was, now = flat(before), flat(now)
+    keys = [key for key in now if key != "cpus" and was.get(key) != now[key]]
+    return [f"{key} {was.get(key)} -> {now[key]}" for key in keys]
+
+
+def data_identity(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
+    """What the data of a run is, wherever it lies: the index's SHA-256, the size of the tokens."""
+
+    @cache  # the splits may be of one dataset, and an index has gigabytes
+    def identity(prefix: str) -> dict[str, Any]:
+        dataset = open_dataset(prefix)
+        with dataset.index_path.open("rb") as index:
+            digest = hashlib.file_digest(index, "sha256").hexdigest()
+        return {"idx_sha256": digest, "bin_bytes": dataset.tokens_path.stat().st_size}
+
+    return {split: [identity(path) for path in getattr(config.data, split)] for split in SPLITS}
+
+
+def enter_run(config: RunConfig, folder: Path) -> None:
+    """Write config.yaml, data.json and tokenizer.json into a run folder, or check them against it.
+
+    Raises ConfigError, and leaves the folder as it is, if it holds another run.
+    """
+    saved_config, saved_data = folder / "config.yaml", folder / "data.json"
+    identity, tokenizer = data_identity(config), read_tokenizer(config)
+    if saved_config.exists():
+        check_same_run(_load_saved(saved_config), config, folder)
+        check_same_data(_read_saved(saved_data), identity, config, folder)
+    saved_tokenizer = folder / "tokenizer.json"
+    if tokenizer is not None:
+        if saved_tokenizer.exists() and saved_tokenizer.read_bytes() != tokenizer:
+            raise ConfigError(
+                f"{folder} holds a run of another tokenizer than {config.tokenizer} (config key "
+                "tokenizer). Give the old one, or choose another checkpoint.directory"
+            )
+        _write(saved_tokenizer, tokenizer)
+    _write(saved_data, json.dumps(identity, indent=1).encode())
+    # Last: where it is, the others are.
+    configs.save(config, saved_config)
+
+
+def read_tokenizer(config: RunConfig) -> bytes | None:
+    """The run's tokenizer.json, from the file or folder that the config names.
+
+    One that has gone since the run was begun is taken from the run folder's copy. Raises
+    ConfigError if there is none.
+    """
+    if config.tokenizer is None:
+        return None
+    path = Path(config.tokenizer)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    copy = Path(config.checkpoint.directory) / "tokenizer.json"
+    for candidate in (path, copy):
+        if candidate.is_file():
+            return candidate.read_bytes()
+    raise ConfigError(f"tokenizer: {config.tokenizer!r}: there is no file {path}")
+
+
+def check_same_run(saved: RunConfig, wanted: RunConfig, folder: Path) -> None:
+    """Refuse to go on in a folder whose run computed something else.
+
+    Raises ConfigError that names each key that decides the run and differs.
+    """
+    differing = []
+    for section in ("model", "data", "optimizer", "training", "evaluation"):
+        before, after = getattr(saved, section), getattr(wanted, section)
+        for key in (field.name for field in dataclasses.fields(after)):
+            was, now = getattr(before, key), getattr(after, key)
+            if key not in FREE.get(section, ()) and was != now:
+                differing.append(f"{section}.{key} was {was!r}, is {now!r}")
+    if differing:
+        raise ConfigError(
+            f"{folder} holds a run of another config: {'; '.join(differing)}. Set the old values "
+            "to go on with it, or choose another checkpoint.directory"
+        )
+
+
+def check_same_data(
+    saved: dict[str, Any], found: dict[str, Any], config: RunConfig, folder: Path
+) -> None:
+    """Refuse to go on with other data; the same data may have moved. Raises ConfigError."""
+    for split in SPLITS:
+        if saved.get(split) != found[split]:
+            paths = ", ".join(getattr(config.data, split)) or "none"
+            raise ConfigError(
+                f"{folder} holds a run on other data: data.{split} ({paths}) is not what the run "
+                f"was begun with, by {folder / 'data.json'}. Give the old data to go on, or choose "
+                "another checkpoint.directory"
+            )
+
+
+def _load_saved(path: Path) -> RunConfig:
+    try:
+        saved = configs.load(path)
+        if saved.model is None:
+            raise ConfigError(f"{path}: model: missing")
+    except ConfigError as error:
+        raise _damaged(path, error) from None
+    return saved
+
+
+def _read_saved(path: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(path.read_bytes())
+        if not isinstance(saved, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    return saved
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{path} is damaged, so nothing tells which run this folder holds ({error}). Restore it "
+        "from a copy, or choose another checkpoint.directory"
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file at once or not at all; one that is right already is left alone."""
+    if path.is_file() and path.read_bytes() == content:
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
