@@ -195,10 +195,11 @@ def load(folder: Path, dtype: DTypeLike = jnp.float32) -> Model:
             absent = sorted(set(names or ()) - stored)
             if absent:
                 raise CheckpointError(f"{path}: the index promises {absent[0]}, which is not in it")
-            for name in names or stored:
+            for name in sorted(names or stored):
                 if _canonical(name) in slices:
+                    there = slices[_canonical(name)][1]
                     raise CheckpointError(
-                        f"{path}: {name} is {_canonical(name)}, which is there already"
+                        f"{path}: {name} is the same weight as {there}, which is there already"
                     )
                 slices[_canonical(name)] = (handle, name)
         _check_names(folder, config, slices)
