@@ -332,6 +332,12 @@ class CheckpointConfig(_Section, where="checkpoint"):
             "steps count from 0",
         )
         _require(
+            not set(self.directory) & set("[]*?"),
+            "checkpoint.directory",
+            self.directory,
+            "Orbax reads [ ] * ? in a path as a pattern, and could not restore from it",
+        )
+        _require(
             self.resume_every_minutes > 0,
             "checkpoint.resume_every_minutes",
             self.resume_every_minutes,

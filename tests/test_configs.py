@@ -168,6 +168,7 @@ NAN, INFINITY = float("nan"), float("inf")
         ("training.gradient_accumulation", 3, {"training": {"batch_size": 8}}),
         ("training.seed", -1, {}),
         ("checkpoint.every", 0, {}),
+        ("checkpoint.directory", "runs/[a]", {}),
         ("checkpoint.extra_steps", [-1], {}),
         ("checkpoint.resume_every_minutes", 0, {}),
         ("checkpoint.resume_every_minutes", NAN, {}),
