@@ -740,10 +740,10 @@ def test_empty_folder_and_new_folders_are_taken(tmp_path):
     assert stored(tmp_path / "empty") == stored(tmp_path / "a" / "b" / "c")
 
 
-@pytest.mark.parametrize("name", ["out", "out/", "./out", "../work/out", "a.b", "link"])
+@pytest.mark.parametrize("name", ["out", "out/", "./out", "../here/out", "a.b", "link"])
 def test_places_may_be_named_in_every_usual_way(name, tmp_path, monkeypatch):
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "elsewhere").mkdir()
     Path("link").symlink_to(tmp_path / "elsewhere")
     pj.save_hf(our_model(), name)
@@ -752,10 +752,10 @@ def test_places_may_be_named_in_every_usual_way(name, tmp_path, monkeypatch):
     assert Path("link").is_symlink()
 
 
-@pytest.mark.parametrize("name", [".", "", "../work"])
+@pytest.mark.parametrize("name", [".", "", "../here"])
 def test_current_folder_is_not_replaced_under_the_users_feet(name, tmp_path, monkeypatch):
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(ValueError, match="current folder"):
         pj.save_hf(our_model(), name)
 
