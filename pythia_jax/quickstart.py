@@ -21,10 +21,9 @@ import pythia_jax as pj
 from pythia_jax import configs
 from pythia_jax.bridge.model import Model
 from pythia_jax.configs import RunConfig
-from pythia_jax.data.tokenize import read_texts, tokenize_texts
+from pythia_jax.data.tokenize import EOD_TOKEN, read_texts, tokenize_texts
 from pythia_jax.training.trainer import jitted_loss, train
 
-EOD = "<|endoftext|>"
 HELD_OUT_EVERY = 20
 """One document in so many is held out."""
 MAX_CHARACTERS = 12_000_000
@@ -210,7 +209,7 @@ def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[EOD, "<|padding|>"],
+        special_tokens=[EOD_TOKEN, "<|padding|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 TOTAL_STEPS = 143_000
 BATCH_SIZE = 1024  # rows a step, over all GPUs
 SEQUENCE_LENGTH = 2048
-MAX_POSITION_EMBEDDINGS = 2048
-ROTARY_PCT = 0.25
 MLP_RATIO = 4  # intermediate_size / hidden_size
 TOKENIZER_VOCAB_SIZE = 50_277  # before padding to a multiple of 128 x model_parallel
 

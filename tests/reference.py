@@ -1,5 +1,6 @@
 """The independent reference: transformers' GPTNeoX on torch, given our weights."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
@@ -111,6 +112,8 @@ HF_SITES = (
     "ln_final",
 )
 """Our sites that are a tensor of transformers' model: all but the split readers."""
+HF_READERS = ("attn.q_in", "attn.k_in", "attn.v_in")
+"""In the order of the fused projection's output: queries, keys, values."""
 
 
 class HFSites:
@@ -118,7 +121,9 @@ class HFSites:
 
     Each site's value is cloned on its way, so that its gradient is that of this place alone (the
     residual stream has several readers). `change[site](layer, value)` replaces values. Scores and
-    pattern are the input and output of the eager attention's softmax.
+    pattern are the input and output of the eager attention's softmax. transformers has no place
+    where each head reads a stream of its own; only where `change` names a split reader is one made:
+    norm and fused projection run on every copy, and of each comes what its head keeps.
     """
 
     def __init__(
@@ -129,7 +134,7 @@ class HFSites:
     ) -> None:
         self._model, self._config = model, config
         self._change = dict(change or {})
-        self._values: dict[str, list[torch.Tensor]] = {site: [] for site in HF_SITES}
+        self._values: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self._stack = ExitStack()
 
     def values(self) -> dict[str, np.ndarray]:
@@ -178,9 +183,24 @@ class HFSites:
 
             return see
 
-        def fused(layer: int) -> Callable[..., torch.Tensor]:
+        def per_head(norm: Any, project: Any, copies: torch.Tensor) -> torch.Tensor:
+            # Calling `forward` goes past the hooks. Head h keeps what it makes of copy h.
+            made = project.forward(norm.forward(copies)).unflatten(-1, (heads, 3 * size))
+            return made.diagonal(dim1=2, dim2=3).movedim(-1, 2)
+
+        def split(norm: Any, project: Any, layer: int) -> list[torch.Tensor]:
+            stream = self._values["resid_pre"][layer].unsqueeze(2).expand(-1, -1, heads, -1)
+            made = [
+                per_head(norm, project, self._see(reader, layer, stream)) for reader in HF_READERS
+            ]
+            return [part.split(size, dim=-1)[i] for i, part in enumerate(made)]
+
+        def fused(norm: Any, layer: int) -> Callable[..., torch.Tensor]:
             def hook(module: torch.nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
-                parts = out.reshape(*out.shape[:2], heads, 3 * size).split(size, dim=-1)
+                if self._change.keys().isdisjoint(HF_READERS):
+                    parts = out.unflatten(-1, (heads, 3 * size)).split(size, dim=-1)
+                else:
+                    parts = split(norm, module, layer)
                 names = ("attn.q", "attn.k", "attn.v")
                 seen = [
                     self._see(name, layer, part) for name, part in zip(names, parts, strict=True)
@@ -197,7 +217,9 @@ class HFSites:
             mlp: Any = layer.mlp
             on_input(layer, simple("resid_pre", i))
             on_output(layer, "resid_post", i)
-            handle = attention.query_key_value.register_forward_hook(fused(i))
+            handle = attention.query_key_value.register_forward_hook(
+                fused(layer.input_layernorm, i)
+            )
             self._stack.callback(handle.remove)
             on_input(attention.dense, merged_heads(i))
             on_output(attention.dense, "attn_out", i)

@@ -20,7 +20,7 @@ FLOORS = (
     {"training"},
     {"model", "data", "sharding"},
     {"configs"},
-    {"suite"},
+    {"config_parsing", "suite"},
 )
 FLOOR_OF = {room: i for i, floor in enumerate(FLOORS) for room in floor}
 DOORS = {"__init__", "__main__"}
@@ -119,7 +119,9 @@ def test_rooms_import_downwards_only(path):
         assert FLOOR_OF[own] < below, f"{module_name(path)} imports {name}, which is not below it"
 
 
-@pytest.mark.parametrize("path", files_of("data", "configs", "suite"), ids=module_name)
+@pytest.mark.parametrize(
+    "path", files_of("data", "configs", "config_parsing", "suite"), ids=module_name
+)
 def test_data_and_configs_import_neither_jax_nor_grain(path):
     heavy = {"jax", "jaxlib", "grain", "flax", "optax", "orbax", "jaxtyping", "chex"}
     assert not outside(path) & heavy

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from pythia_jax import suite
 from pythia_jax.bridge import hf, run
 from pythia_jax.bridge.hf import CheckpointError
-from pythia_jax.bridge.model import Model
+from pythia_jax.bridge.model import Model, dtype_name
 
 __all__ = ["CheckpointError", "Model", "load", "save_hf"]
 
@@ -57,10 +57,7 @@ def load(
 
 
 def _check_dtype(dtype: DTypeLike) -> None:
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = ""
+    name = dtype_name(dtype)
     if name not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: parameters come in one of {', '.join(DTYPES)}")
     if name == "float64" and not jax.config.read("jax_enable_x64"):

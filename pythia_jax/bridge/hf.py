@@ -24,8 +24,9 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from pythia_jax.bridge.model import Model
+from pythia_jax.bridge.model import Model, dtype_name
 from pythia_jax.configs import ConfigError, ModelConfig
+from pythia_jax.data.tokenize import EOD_TOKEN
 from pythia_jax.model.parameters import TABLE, Parameter, Params
 from pythia_jax.model.parameters import items as parameter_items
 
@@ -345,10 +346,7 @@ def save(
 
 
 def _export_dtype(dtype: DTypeLike) -> str:
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = ""
+    name = dtype_name(dtype)
     if name not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     return name
@@ -439,13 +437,12 @@ def tokenizer_files(model: Model) -> dict[str, bytes]:
     files = dict(model.tokenizer_files)
     if "tokenizer.json" not in files:
         return files
-    end = "<|endoftext|>"
-    if model.tokenizer is None or model.tokenizer.token_to_id(end) is None:
+    if model.tokenizer is None or model.tokenizer.token_to_id(EOD_TOKEN) is None:
         return files
-    special = {"bos_token": end, "eos_token": end, "unk_token": end}
+    special = {"bos_token": EOD_TOKEN, "eos_token": EOD_TOKEN, "unk_token": EOD_TOKEN}
     if model.tokenizer.token_to_id("<|padding|>") is None:
         # transformers would add its default, <|padding|>, with an id that the model does not have.
-        special["pad_token"] = end
+        special["pad_token"] = EOD_TOKEN
     config = {
         "add_prefix_space": False,
         **special,

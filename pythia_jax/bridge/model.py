@@ -3,9 +3,12 @@
 import functools
 from dataclasses import dataclass, field
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from pythia_jax.configs import ModelConfig
+from pythia_jax.data.tokenize import EOD_TOKEN
 from pythia_jax.model.parameters import Params
 
 
@@ -32,8 +35,16 @@ class Model:
     @property
     def eod(self) -> int:
         """Id of the end of a document: `<|endoftext|>`, 0 in every Pythia."""
-        known = None if self.tokenizer is None else self.tokenizer.token_to_id("<|endoftext|>")
+        known = None if self.tokenizer is None else self.tokenizer.token_to_id(EOD_TOKEN)
         return 0 if known is None else known
+
+
+def dtype_name(dtype: DTypeLike) -> str:
+    """The name of a dtype; empty for what JAX does not know as one."""
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return ""
 
 
 @functools.lru_cache(maxsize=8)

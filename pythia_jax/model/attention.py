@@ -92,7 +92,9 @@ def attend(q: Queries, k: Queries, v: Queries, kernel: str, hooks: Callable) -> 
     return _blockwise_attention(q, k, v)
 
 
-def _softmax(scores: jax.Array, visible: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
+def _exponentials(
+    scores: jax.Array, visible: jax.Array | np.ndarray
+) -> tuple[jax.Array, jax.Array]:
     """Unnormalised exponentials and their sums, both at least float32."""
     scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
     # The shift cancels in the quotient, in every derivative too.
@@ -158,7 +160,7 @@ def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, start: int) -> jax.A
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=wide, precision=exact(q))
     visible = start + np.arange(q.shape[2])[:, None] >= np.arange(k.shape[2])
-    weights, total = _softmax(scores, visible)
+    weights, total = _exponentials(scores, visible)
     mixed = jnp.einsum(
         "bhqk,bhkd->bhqd",
         weights.astype(v.dtype),

@@ -12,6 +12,7 @@ from typing import overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pythia_jax.configs import ModelConfig, Runtime
@@ -157,7 +158,7 @@ def block(
     """
     x = site("resid_pre", x)
     q, k, v = queries_keys_values(weights, x, config, site)
-    z = site("attn.z", attend(q, k, v))
+    z = site("attn.z", checkpoint_name(attend(q, k, v), "attn.z"))
     merged = z.reshape(*x.shape[:2], config.hidden_size)
     attention_out = site("attn_out", dense(merged, weights["attention"]["dense"]))
     if not config.use_parallel_residual:
@@ -207,7 +208,11 @@ def unembed(params: Params, hidden: Float[Array, "*rows hidden"]) -> Float[Array
 
 def dense(x: Float[Array, "*rows in"], weights: Params) -> Float[Array, "*rows out"]:
     """x @ kernel + bias."""
-    return jnp.matmul(x, weights["kernel"], precision=attention.exact(x)) + weights["bias"]
+    # As matrices: of a product of three-dimensional arrays, XLA's CPU compiler writes out a
+    # transposed copy for the kernel's gradient; of matrices it folds the transpose away.
+    rows = x.reshape(-1, x.shape[-1])
+    product = jnp.matmul(rows, weights["kernel"], precision=attention.exact(x))
+    return (product + weights["bias"]).reshape(*x.shape[:-1], -1)
 
 
 def layer_norm(
@@ -230,7 +235,11 @@ def cast(params: Params, runtime: Runtime) -> Params:
 
 
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        # Attention recomputes its scores by itself; without its output it would do so twice.
+        jax.checkpoint_policies.save_only_these_names("attn.z"),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

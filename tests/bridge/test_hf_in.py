@@ -1,0 +1,255 @@
+"""Hugging Face folders in: every form of config.json, and weights with more, less or wrong."""
+
+import json
+from dataclasses import replace
+
+import jax
+import pytest
+import torch
+from hf_folders import stored, write_theirs
+from reference import TINY
+from safetensors.torch import load_file, save_file
+
+import pythia_jax as pj
+from pythia_jax.bridge import CheckpointError
+from pythia_jax.configs import ConfigError
+
+
+def change_config(folder, drop=(), **values):
+    path = folder / "config.json"
+    raw = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({key: value for key, value in raw.items() if key not in drop}))
+
+
+def change_tensors(folder, change):
+    """Rewrite model.safetensors through `change(dict)`."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+# The forms that config.json has had.
+
+OLD = {"rotary_pct": 0.5, "rotary_emb_base": 500, "torch_dtype": "float16"}
+MIDDLE = {"partial_rotary_factor": 0.5, "rope_theta": 500, "rope_scaling": None}
+NEW = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [OLD, MIDDLE, NEW, {**OLD, **MIDDLE}, {**OLD, **NEW}, {**OLD, **MIDDLE, **NEW}],
+    ids=["old", "4.4x", "5", "old and 4.4x", "old and 5", "all"],
+)
+def test_rotary_fields_are_read_in_every_form(form, folder):
+    change_config(folder, drop=("rope_parameters",))
+    change_config(folder, **form)
+    assert pj.load(folder).config == replace(TINY, rotary_pct=0.5, rotary_emb_base=500.0)
+
+
+def test_config_without_optional_fields_has_the_defaults_of_transformers(folder):
+    optional = ("rope_parameters", "hidden_act", "layer_norm_eps", "use_parallel_residual", "dtype")
+    change_config(folder, drop=(*optional, "max_position_embeddings"))
+    assert pj.load(folder).config == replace(TINY, max_position_embeddings=2048)
+
+
+def test_loaded_config_keeps_the_activation_it_names(folder):
+    change_config(folder, hidden_act="gelu_fast")
+    assert pj.load(folder).config == replace(TINY, hidden_act="gelu_fast")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "llama"}, "'llama'.*'gpt_neox'"),
+        ({"model_type": None}, "None.*'gpt_neox'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"attention_bias": False}, "attention_bias"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "'linear'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"hidden_act": "relu"}, "'relu'"),
+        ({"num_attention_heads": 5}, "num_attention_heads: 5"),
+        ({"hidden_size": "48"}, "hidden_size: '48'"),
+        ({"hidden_size": None}, "hidden_size: None"),
+        ({"hidden_size": 48.0}, "hidden_size: 48.0"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps: 'small'"),
+        ({"use_parallel_residual": "no"}, "use_parallel_residual: 'no'"),
+        ({"rotary_pct": 0.2}, r"rotary_pct: 0\.2"),
+        ({"rope_parameters": "none"}, "rope_parameters"),
+        ({"rotary_emb_base": 10**400}, "too large"),
+        ({"rotary_emb_base": [1]}, "rotary_emb_base"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps"),
+        ({"hidden_act": ["gelu"]}, "hidden_act"),
+    ],
+    ids=str,
+)
+def test_config_that_cannot_be_is_an_error_that_names_file_and_value(values, message, folder):
+    change_config(folder, **values)
+    with pytest.raises(ConfigError, match=message) as error:
+        pj.load(folder)
+    assert str(error.value).startswith(f"{folder / 'config.json'}: ")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 10_000], ids=range(6)
+)
+def test_config_that_is_no_json_object_is_an_error_that_names_the_file(content, folder):
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        pj.load(folder)
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "vocab_size"])
+def test_missing_field_of_the_config_is_named(field, folder):
+    change_config(folder, drop=(field,))
+    with pytest.raises(ConfigError, match=f"{field}.*missing"):
+        pj.load(folder)
+
+
+# Weights with something more, less or wrong.
+
+
+def test_buffers_of_old_releases_are_ignored(folder):
+    def add(tensors):
+        for layer in range(TINY.num_hidden_layers):
+            name = f"gpt_neox.layers.{layer}.attention"
+            tensors[f"{name}.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.uint8)
+            tensors[f"{name}.masked_bias"] = torch.tensor(-1e9)
+            tensors[f"{name}.rotary_emb.inv_freq"] = torch.ones(2)
+
+    expected = pj.load(folder)
+    change_tensors(folder, lambda tensors: None)
+    change_tensors(folder, add)
+    model = pj.load(folder)
+    assert model.stored_dtype == "float32"
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), model.params, expected.params)
+    assert all(jax.tree.leaves(same))
+
+
+def test_unembedding_may_be_called_lm_head(folder, theirs, tmp_path):
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": t.pop("embed_out.weight")}))
+    pj.save_hf(pj.load(folder), tmp_path / "out")
+    assert stored(tmp_path / "out") == stored(theirs)
+
+
+def test_unembedding_under_both_names_is_an_error(folder):
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": t["embed_out.weight"] + 1}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is .* as embed_out\.weight"):
+        pj.load(folder)
+
+
+def test_missing_surplus_and_misshapen_tensors_stand_in_one_error(folder):
+    def spoil(tensors):
+        del tensors["gpt_neox.layers.1.mlp.dense_h_to_4h.bias"]
+        tensors["gpt_neox.layers.3.attention.dense.bias"] = torch.zeros(48)
+        tensors["gpt_neox.final_layer_norm.weight"] = torch.zeros(47)
+
+    change_tensors(folder, spoil)
+    with pytest.raises(CheckpointError) as error:
+        pj.load(folder)
+    message = str(error.value)
+    assert "missing: gpt_neox.layers.1.mlp.dense_h_to_4h.bias" in message
+    assert "surplus: gpt_neox.layers.3.attention.dense.bias" in message
+    assert "gpt_neox.final_layer_norm.weight has shape (47,)" in message and "(48,)" in message
+    assert str(folder) in message and "\n" not in message
+
+
+def test_transposed_kernel_is_an_error_and_not_turned_round(folder):
+    name = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
+    change_tensors(folder, lambda t: t.update({name: t[name].T.contiguous()}))
+    with pytest.raises(CheckpointError, match=r"shape \(48, 192\).*wants \(192, 48\)"):
+        pj.load(folder)
+
+
+def test_many_missing_tensors_are_counted(folder):
+    change_config(folder, num_hidden_layers=5)
+    with pytest.raises(CheckpointError, match=r"missing: .* and 16 more"):
+        pj.load(folder)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.bool])
+def test_weights_that_are_no_floats_are_an_error(kind, folder):
+    name = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
+    change_tensors(folder, lambda t: t.update({name: t[name].to(kind)}))
+    with pytest.raises(CheckpointError, match=name):
+        pj.load(folder)
+
+
+def test_float64_weights_are_taken_and_stored_as_float32(folder):
+    change_tensors(folder, lambda t: t.update({name: t[name].double() for name in t}))
+    model = pj.load(folder)
+    assert model.stored_dtype == "float32"
+
+
+def test_weights_of_mixed_dtypes_are_stored_in_the_widest(folder):
+    change_tensors(folder, lambda t: t.update({name: t[name].half() for name in list(t)[:5]}))
+    assert pj.load(folder).stored_dtype == "float32"
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
+def test_truncated_safetensors_are_an_error_that_names_the_file(keep, folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a readable"):
+        pj.load(folder)
+
+
+def test_missing_shard_is_named(tmp_path):
+    folder = write_theirs(tmp_path / "sharded", max_shard_size="40KB")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"not there: {shard.name}"):
+        pj.load(folder)
+
+
+def test_index_that_promises_what_a_shard_lacks_is_an_error(tmp_path):
+    folder = write_theirs(tmp_path / "sharded", max_shard_size="40KB")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["gpt_neox.more"] = next(iter(index["weight_map"].values()))
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"promises gpt_neox\.more"):
+        pj.load(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"{", b"{}", b"[]", b"\xff", b"[" * 100_000),
+        *(b'{"weight_map": 3}', b'{"weight_map": []}', b'{"weight_map": {}}'),
+        *(b'{"weight_map": {"a": 3}}', b'{"weight_map": {"a": null}}'),
+        *(b'{"weight_map": {"a": ["b"]}}', b'{"weight_map": {"a": ""}}'),
+        *(b'{"weight_map": {"a": "."}}', b'{"weight_map": {"a": "config.json"}}'),
+        *(b'{"weight_map": {"a": "\\u0000"}}', b'{"weight_map": {"a": "\\ud800"}}'),
+    ],
+    ids=lambda content: str(content[:30]),
+)
+def test_index_that_is_none_is_an_error_that_names_it(content, folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json|config\.json"):
+        pj.load(folder)
+
+
+@pytest.mark.parametrize("place", ["../other.safetensors", "/etc/other.safetensors"])
+def test_index_that_points_out_of_the_folder_is_refused(place, folder):
+    (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
+    weight_map = dict.fromkeys(stored(folder.parent), place)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        pj.load(folder)
+
+
+def test_folder_without_weights_says_what_was_looked_for(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        pj.load(folder)
+
+
+def test_scalar_in_the_place_of_a_weight_is_an_error(folder):
+    name = "gpt_neox.final_layer_norm.bias"
+    change_tensors(folder, lambda t: t.update({name: torch.tensor(1.0)}))
+    with pytest.raises(CheckpointError, match=r"final_layer_norm\.bias has shape \(\)"):
+        pj.load(folder)

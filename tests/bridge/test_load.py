@@ -1,0 +1,79 @@
+"""`load`: what may be named, in which dtype it comes, and what is said where there is nothing."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from reference import TINY
+
+import pythia_jax as pj
+
+
+def test_nothing_there_and_something_else_there_are_told_apart(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        pj.load(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="neither"):
+        pj.load(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileNotFoundError):
+        pj.load(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "command"),
+    [
+        ("70m", {}, "hf download EleutherAI/pythia-70m --local-dir pythia-70m`"),
+        ("pythia-19m", {}, "EleutherAI/pythia-70m "),
+        ("EleutherAI/pythia-70m-deduped", {}, "EleutherAI/pythia-70m-deduped "),
+        ("70m", {"step": 3000}, "EleutherAI/pythia-70m --revision step3000 "),
+        ("someone/else", {"revision": "main"}, "someone/else --revision main "),
+        (Path("EleutherAI/pythia-70m"), {"cache_dir": "cache"}, "EleutherAI/pythia-70m "),
+    ],
+    ids=str,
+)
+def test_model_on_the_hub_is_told_how_to_get(name, how, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="hub is not supported yet") as error:
+        pj.load(name, **how)
+    assert command in str(error.value) and "snapshot_download" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["runs", "./a/b/c", "/70m/x", "~/model"])
+def test_path_that_is_no_hub_id_is_just_not_there(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder") as error:
+        pj.load(name)
+    assert "hub" not in str(error.value)
+
+
+def test_folder_goes_before_a_model_of_its_name(theirs, tmp_path, monkeypatch):
+    shutil.copytree(theirs, tmp_path / "70m")
+    monkeypatch.chdir(tmp_path)
+    assert pj.load("70m", cache_dir=tmp_path / "cache").config == TINY
+
+
+def test_revision_of_a_folder_is_an_error(theirs):
+    with pytest.raises(ValueError, match="revision 'step3000'"):
+        pj.load(theirs, revision="step3000")
+
+
+@pytest.mark.parametrize("dtype", [np.float64, "float64", float], ids=str)
+def test_float64_is_given_or_refused_but_never_made_float32(dtype, theirs):
+    with pytest.raises(ValueError, match="JAX_ENABLE_X64"):
+        pj.load(theirs, dtype=dtype)
+    with jax.enable_x64(True):
+        params = pj.load(theirs, dtype=dtype).params
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float64)}
+
+
+@pytest.mark.parametrize("dtype", ["float7", np.int32, bool], ids=str)
+def test_dtype_that_no_parameters_have_is_an_error(dtype, theirs):
+    with pytest.raises(ValueError, match="float16, bfloat16, float32, float64"):
+        pj.load(theirs, dtype=dtype)
+
+
+def test_step_of_a_folder_that_has_one_checkpoint_is_an_error(theirs):
+    with pytest.raises(ValueError, match="one checkpoint"):
+        pj.load(theirs, step=3)

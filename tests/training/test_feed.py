@@ -1,0 +1,14 @@
+"""Batches read ahead."""
+
+import numpy as np
+from small_runs import Make
+
+from pythia_jax import data
+from pythia_jax.training.feed import read_ahead
+
+
+def test_batches_read_ahead_are_the_batches(make_config: Make) -> None:
+    batches = data.batches(make_config())
+    for step, tokens in zip(range(6, 20), read_ahead(batches, 6, 20), strict=True):
+        np.testing.assert_array_equal(tokens, batches[step])
+    assert list(read_ahead(batches, 20, 20)) == []
