@@ -414,13 +414,22 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> RunCon
     Raises `ConfigError` with the file's name for anything that is wrong in it.
     """
     path = Path(path)
-    mapping = read_yaml(path)
-    for key, text in (overrides or {}).items():
-        set_dotted(mapping, key, text, RunConfig)
+    mapping = _override(read_yaml(path), overrides)
     try:
         return from_dict(mapping)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def for_data(prefix: str, overrides: Mapping[str, str] | None = None) -> RunConfig:
+    """A config of defaults, Pythia's, whose training data is the dataset at `prefix`."""
+    return from_dict(_override({"data": {"train": [prefix]}}, overrides))
+
+
+def _override(mapping: dict[str, Any], overrides: Mapping[str, str] | None) -> dict[str, Any]:
+    for key, text in (overrides or {}).items():
+        set_dotted(mapping, key, text, RunConfig)
+    return mapping
 
 
 def save(config: RunConfig, path: str | Path) -> None:

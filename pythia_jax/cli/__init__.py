@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+from pythia_jax.cli.data import data
+from pythia_jax.cli.options import CONFIG_HELP, DOTTED, load_config
+
 EXPECTED = (ValueError, OSError, IndexError, RuntimeError)
 """What the library raises for bad input, all told in one line; anything else is a bug."""
 
@@ -98,13 +101,6 @@ def suite() -> None:
         click.echo(f"  all  {fault}")
 
 
-DOTTED = {"ignore_unknown_options": True, "allow_extra_args": True}
-CONFIG_HELP = """
-
-    Any key of the config can be set: --optimizer.peak-learning-rate 1e-3 --training.steps 100
-"""
-
-
 @main.command(
     context_settings=DOTTED,
     help="Train CONFIG, or go on with it from its newest checkpoint." + CONFIG_HELP,
@@ -115,7 +111,7 @@ CONFIG_HELP = """
 def train(ctx: click.Context, config: Path, stop_at: int | None) -> None:
     from pythia_jax.training.trainer import train
 
-    result = train(_load(ctx, config), stop_at=stop_at)
+    result = train(load_config(ctx, config), stop_at=stop_at)
     click.echo(f"checkpoint {result.step} and metrics.jsonl, loss.png are in {result.folder}")
 
 
@@ -166,110 +162,4 @@ def convert(
     click.echo(f"{model.source} -> {target}")
 
 
-@main.group()
-def data() -> None:
-    """Make and look at .bin/.idx token data."""
-
-
-@data.command()
-@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Prefix of the .bin and .idx files.",
-)
-@click.option(
-    "--tokenizer",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="tokenizer.json, or a folder that holds one.",
-)
-@click.option("--append-eod", is_flag=True, help="End each document with <|endoftext|>.")
-@click.option("--text-key", default="text", show_default=True, help="Key of the text in .jsonl.")
-@click.option("--pattern", default="*", show_default=True, help="Files taken from folders.")
-def tokenize(
-    inputs: tuple[Path, ...],
-    out: Path,
-    tokenizer: Path,
-    append_eod: bool,
-    text_key: str,
-    pattern: str,
-) -> None:
-    """Tokenize text files, folders and .jsonl INPUTS; one document a file or a line."""
-    from tqdm import tqdm
-
-    from pythia_jax.data import tokenize
-
-    with tqdm(unit=" tokens", unit_scale=True, desc="tokenizing") as bar:
-
-        def progress(documents: int, tokens: int) -> None:
-            bar.update(tokens - bar.n)
-            bar.set_postfix(documents=documents)
-
-        made = tokenize(
-            inputs,
-            out,
-            tokenizer,
-            append_eod=append_eod,
-            text_key=text_key,
-            pattern=pattern,
-            progress=progress,
-        )
-    click.echo(f"{made.prefix}: {made.documents:,} documents, {made.tokens:,} tokens, {made.dtype}")
-
-
-@data.command(
-    context_settings=DOTTED,
-    help="Write the batches of steps START to STOP (not "
-    "included) as a .npy of [rows, sequence_length + 1]." + CONFIG_HELP,
-)
-@click.argument("config", type=click.Path(path_type=Path))
-@click.option("--start", type=int, required=True)
-@click.option("--stop", type=int, required=True)
-@click.option(
-    "--split",
-    type=click.Choice(["train", "validation", "test"]),
-    default="train",
-    show_default=True,
-)
-@click.option("--out", required=True, type=click.Path(path_type=Path))
-@click.pass_context
-def batches(ctx: click.Context, config: Path, start: int, stop: int, split: str, out: Path) -> None:
-    from pythia_jax.data import batches
-    from pythia_jax.data.dump import dump
-
-    loaded = _load(ctx, config)
-    digest = dump(batches(loaded, split), start, stop, out)
-    rows, width = (stop - start) * loaded.training.batch_size, loaded.data.sequence_length + 1
-    click.echo(
-        f"{out}: {rows:,} rows of {width:,} tokens, sha256 {digest} (as little-endian int32)"
-    )
-
-
-def _load(ctx: click.Context, config: Path) -> Any:
-    """The run config of a command that takes dotted flags."""
-    from pythia_jax import configs
-
-    if str(config).startswith("-"):
-        # Click cannot know which dotted flags take a value, so it took the first for CONFIG.
-        raise click.UsageError(
-            f"CONFIG comes before its flags: {ctx.command_path} CONFIG {config} ..."
-        )
-    return configs.load(config, _dotted(ctx.args))
-
-
-def _dotted(arguments: list[str]) -> dict[str, str]:
-    """`--section.key value` and `--section.key=value` as a dict; anything else is an error."""
-    overrides, rest = {}, list(arguments)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--") or ("." not in flag.partition("=")[0] and not rest):
-            raise click.UsageError(f"what is {flag!r}? Config keys are set as --section.key VALUE")
-        name, equals, value = flag[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise click.UsageError(f"{flag} needs a value")
-            value = rest.pop(0)
-        overrides[name] = value
-    return overrides
+main.add_command(data)

@@ -1,0 +1,47 @@
+"""What commands share: a CONFIG argument with dotted flags that set any of its keys."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+DOTTED = {"ignore_unknown_options": True, "allow_extra_args": True}
+CONFIG_HELP = """
+
+    Any key of the config can be set: --optimizer.peak-learning-rate 1e-3 --training.steps 100
+"""
+
+
+def load_config(ctx: click.Context, config: str | Path, *, prefix_allowed: bool = False) -> Any:
+    """The run config of a command that takes dotted flags.
+
+    prefix_allowed: what does not end in .yaml or .yml is the prefix of a dataset, and the config
+        all defaults with it as `data.train`.
+    """
+    from pythia_jax import configs
+
+    if str(config).startswith("-"):
+        # Click cannot know which dotted flags take a value, so it took the first for CONFIG.
+        raise click.UsageError(
+            f"CONFIG comes before its flags: {ctx.command_path} CONFIG {config} ..."
+        )
+    overrides = _dotted(ctx.args)
+    if prefix_allowed and not str(config).endswith((".yaml", ".yml")):
+        return configs.for_data(str(config), overrides)
+    return configs.load(config, overrides)
+
+
+def _dotted(arguments: list[str]) -> dict[str, str]:
+    """`--section.key value` and `--section.key=value` as a dict; anything else is an error."""
+    overrides, rest = {}, list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or ("." not in flag.partition("=")[0] and not rest):
+            raise click.UsageError(f"what is {flag!r}? Config keys are set as --section.key VALUE")
+        name, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise click.UsageError(f"{flag} needs a value")
+            value = rest.pop(0)
+        overrides[name] = value
+    return overrides
