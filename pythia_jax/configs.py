@@ -7,7 +7,7 @@ the nearest one that exists.
 """
 
 import dataclasses
-import os
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ import yaml
 
 from pythia_jax import suite
 from pythia_jax.config_parsing import ConfigError, Section, build, read_yaml, require, set_dotted
+from pythia_jax.files import write_whole
 
 EXACT_GELU = ("gelu", "gelu_python")
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate")
@@ -157,7 +158,15 @@ class Runtime(Section, where="runtime"):
 
 @dataclass(frozen=True)
 class DataConfig(Section, where="data"):
-    """Where tokens lie and in which order they are served (GPT-NeoX v1.0's, from `seed`)."""
+    """Where tokens lie and in which order they are served.
+
+    train, validation, test: prefixes of datasets, mixed by weight, in equal shares by default.
+    split: or how to divide the documents of the one train path: shares for training, validation
+        and test, `969,30,1` or `969/30/1`; what is left out is 0.
+    order: `neox`, GPT-NeoX v1.0's, from `seed`, or `preshuffled`, rows as they lie. Left open, it
+        is `neox`, and data that looks shuffled already is refused.
+    documents: prefix of the index of what preshuffled rows were made from.
+    """
 
     train: tuple[str, ...] = ()
     train_weights: tuple[float, ...] | None = None
@@ -166,8 +175,8 @@ class DataConfig(Section, where="data"):
     test: tuple[str, ...] = ()
     test_weights: tuple[float, ...] | None = None
     split: str | None = None
-    order: Literal["neox", "preshuffled"] = "neox"
-    documents: None = None
+    order: Literal["neox", "preshuffled"] | None = None
+    documents: str | None = None
     transform: None = None
     sequence_length: int = 2048
     seed: int = 1234
@@ -198,6 +207,59 @@ class DataConfig(Section, where="data"):
                 weights,
                 "weights must be positive",
             )
+        if self.split is not None:
+            self._check_split(self.split)
+        if self.order == "preshuffled":
+            self._check_preshuffled()
+        else:
+            require(
+                self.documents is None,
+                "data.documents",
+                self.documents,
+                "it names what preshuffled rows were made from; set data.order to preshuffled",
+            )
+
+    def _check_split(self, split: str) -> None:
+        require(
+            len(self.train) == 1 and not (self.validation or self.test),
+            "data.split",
+            split,
+            "it divides the one path of data.train, beside no data.validation or data.test",
+        )
+        try:
+            shares = self.split_shares
+        except ValueError:
+            shares = None
+        require(
+            shares is not None
+            and len(shares) == 3
+            and all(0 <= share < math.inf for share in shares)
+            and sum(shares) > 0,
+            "data.split",
+            split,
+            "give shares for training, validation and test, as in 969,30,1 or 969/30/1",
+        )
+
+    def _check_preshuffled(self) -> None:
+        key, reason = "data.order", "rows that lie in order are of one dataset a split"
+        for name in ("train", "validation", "test"):
+            paths = getattr(self, name)
+            require(len(paths) <= 1, key, self.order, f"{reason}, but data.{name} has {len(paths)}")
+        require(self.split is None, key, self.order, f"{reason}; data.split divides documents")
+
+    @property
+    def split_shares(self) -> tuple[float, ...] | None:
+        """The shares that `split` gives to train, validation and test; None without it."""
+        if self.split is None:
+            return None
+        shares = tuple(map(float, self.split.split("," if "," in self.split else "/")))
+        return shares + (0.0,) * (3 - len(shares))
+
+    def has(self, name: str) -> bool:
+        """Whether a split (`train`, `validation`, `test`) is given any data."""
+        if self.split_shares is None:
+            return bool(getattr(self, name))
+        return self.split_shares[("train", "validation", "test").index(name)] > 0
 
 
 @dataclass(frozen=True)
@@ -435,12 +497,4 @@ def _override(mapping: dict[str, Any], overrides: Mapping[str, str] | None) -> d
 def save(config: RunConfig, path: str | Path) -> None:
     """Write the effective config as YAML; whoever reads the file finds the old or the new one."""
     text = yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=100)
-    path, content = Path(path), text.encode()
-    if path.is_file() and path.read_bytes() == content:
-        return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, text.encode())

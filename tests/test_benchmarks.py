@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -50,3 +51,52 @@ def test_ratios_are_taken_against_torchs_better_figure():
 def test_a_malformed_shape_is_refused_before_anything_runs(shape):
     done = run("--shapes", shape)
     assert done.returncode == 2 and "size:BATCHxSEQ" in done.stderr
+
+
+def test_the_tokenize_benchmark_prints_ours_beside_the_library(tmp_path):
+    script, out = ROOT / "benchmarks" / "data_tokenize.py", tmp_path / "results.json"
+    arguments = ["--megabytes", "0.3", "--repeats", "2", "--workers", "1", "--out", str(out)]
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())
+    ours, theirs = (results["rows"][name] for name in ("pythia_jax", "encode_batch_fast"))
+    assert results["ratio"] == pytest.approx(theirs["s"] / ours["s"])
+    assert all(len(times) == 2 for times in results["times"].values())
+    assert "| pythia_jax |" in done.stdout and "1 threads" in done.stdout
+
+
+def script_output(name, *arguments):
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / name, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_order_benchmark_prints_time_and_memory_beside_the_shuffles():
+    printed = script_output("data_order.py", "--documents", "20000", "--repeats", "1")
+    for name in ("NumPy's two shuffles", "build_sample_order", "blending_indices, 3 datasets"):
+        assert f"| {name} |" in printed
+    assert "times as long as the shuffles alone (at most 2)" in printed
+    assert "The whole Pile, 10530.0 times as many documents" in printed
+
+
+def test_the_loading_benchmark_prints_ours_beside_torch_and_raw_copies():
+    arguments = ["--gigabytes", "0.01", "--batch-size", "16", "--batches", "2", "--repeats", "1"]
+    printed = script_output("data_loading.py", *arguments)
+    assert "| pythia_jax, read_ahead |" in printed and "| torch DataLoader, 2 workers |" in printed
+    assert "times as many rows as torch's best (aim: 5)" in printed
+
+
+@pytest.mark.slow
+def test_the_order_of_a_tenth_of_the_pile_costs_at_most_twice_its_shuffles():
+    printed = script_output("data_order.py")
+    match = re.search(r"takes ([\d.]+) times as long .* its process ([\d.]+) times", printed)
+    assert match, printed
+    times, memory = map(float, match.groups())
+    assert times <= 2 and memory <= 3

@@ -57,6 +57,25 @@ from pythia_jax.configs import (
         ("data.train_weights", [1.0, INFINITY], {"data": {"train": ["a", "b"]}}),
         ("data.validation_weights", [1.0], {"data": {"validation": ["a", "b"]}}),
         ("data.test_weights", [1.0], {"data": {"test": ["a", "b"]}}),
+        ("data.train", ["a"] * 255, {}),
+        ("data.split", "969,30,1", {}),
+        ("data.split", "969,30,1", {"data": {"train": ["a", "b"]}}),
+        ("data.split", "969,30,1", {"data": {"train": ["a"], "validation": ["b"]}}),
+        ("data.split", "969,30,1", {"data": {"train": ["a"], "test": ["b"]}}),
+        ("data.split", "969;30;1", {"data": {"train": ["a"]}}),
+        ("data.split", "969,30/1", {"data": {"train": ["a"]}}),
+        ("data.split", "969,,1", {"data": {"train": ["a"]}}),
+        ("data.split", "", {"data": {"train": ["a"]}}),
+        ("data.split", "0,0,0", {"data": {"train": ["a"]}}),
+        ("data.split", "9,-1,0", {"data": {"train": ["a"]}}),
+        ("data.split", "nan,1,1", {"data": {"train": ["a"]}}),
+        ("data.split", "inf", {"data": {"train": ["a"]}}),
+        ("data.split", "1,1,1,1", {"data": {"train": ["a"]}}),
+        ("data.order", "preshuffled", {"data": {"train": ["a", "b"]}}),
+        ("data.order", "preshuffled", {"data": {"train": ["a"], "split": "1,1"}}),
+        ("data.order", "shuffled", {"data": {"train": ["a"]}}),
+        ("data.documents", "c", {"data": {"train": ["a"]}}),
+        ("data.documents", "c", {"data": {"train": ["a"], "order": "neox"}}),
         ("optimizer.peak_learning_rate", 0, {}),
         ("optimizer.peak_learning_rate", -1, {}),
         ("optimizer.peak_learning_rate", NAN, {}),
@@ -118,6 +137,28 @@ def test_impossible_values_are_refused_when_made_in_python_too():
     ):
         with pytest.raises(ConfigError):
             make()
+
+
+@pytest.mark.parametrize(
+    ("split", "shares"),
+    [
+        ("969,30,1", (969, 30, 1)),
+        ("969, 30, 1", (969, 30, 1)),
+        ("969/30/1", (969, 30, 1)),
+        ("0.8,0.2", (0.8, 0.2, 0)),
+        ("80", (80, 0, 0)),
+    ],
+)
+def test_a_split_is_three_shares(split, shares):
+    data = DataConfig(train=("a",), split=split)
+    assert data.split_shares == shares
+    assert [data.has(name) for name in ("train", "validation", "test")] == [s > 0 for s in shares]
+
+
+def test_without_a_split_a_split_has_the_paths_it_is_given():
+    data = DataConfig(train=("a",), test=("b", "c"))
+    assert data.split_shares is None
+    assert [data.has(name) for name in ("train", "validation", "test")] == [True, False, True]
 
 
 def test_unknown_field_beside_a_size_names_the_nearest():

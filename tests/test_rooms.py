@@ -20,7 +20,7 @@ FLOORS = (
     {"training"},
     {"model", "data", "sharding"},
     {"configs"},
-    {"config_parsing", "suite"},
+    {"config_parsing", "files", "suite"},
 )
 FLOOR_OF = {room: i for i, floor in enumerate(FLOORS) for room in floor}
 DOORS = {"__init__", "__main__"}
@@ -120,7 +120,7 @@ def test_rooms_import_downwards_only(path):
 
 
 @pytest.mark.parametrize(
-    "path", files_of("data", "configs", "config_parsing", "suite"), ids=module_name
+    "path", files_of("data", "configs", "config_parsing", "files", "suite"), ids=module_name
 )
 def test_data_and_configs_import_neither_jax_nor_grain(path):
     heavy = {"jax", "jaxlib", "grain", "flax", "optax", "orbax", "jaxtyping", "chex"}

@@ -10,7 +10,7 @@ import click
 from pythia_jax.cli.data import data
 from pythia_jax.cli.options import CONFIG_HELP, DOTTED, load_config
 
-EXPECTED = (ValueError, OSError, IndexError, RuntimeError)
+EXPECTED = (ValueError, OSError, IndexError, RuntimeError, MemoryError)
 """What the library raises for bad input, all told in one line; anything else is a bug."""
 
 

@@ -10,6 +10,16 @@ CONFIG_HELP = """
 
     Any key of the config can be set: --optimizer.peak-learning-rate 1e-3 --training.steps 100
 """
+PREFIX_HELP = """
+
+    CONFIG is a YAML file, or the prefix of a dataset (hf:// and the like too), looked at with
+    every other key as Pythia had it."""
+SPLIT = click.option(
+    "--split",
+    type=click.Choice(["train", "validation", "test"]),
+    default="train",
+    show_default=True,
+)
 
 
 def load_config(ctx: click.Context, config: str | Path, *, prefix_allowed: bool = False) -> Any:

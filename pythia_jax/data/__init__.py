@@ -10,27 +10,21 @@
 `tokenize` makes a dataset. Nothing here imports jax.
 """
 
-from pythia_jax.data.batches import Batches, Samples, batches
-from pythia_jax.data.indexed import (
-    IndexedDataset,
-    IndexedDatasetWriter,
-    open_dataset,
-    token_dtype,
-)
+from pythia_jax.data.batches import Batches, batches, samples
+from pythia_jax.data.indexed import Index, IndexedDataset, open_dataset, token_dtype
 from pythia_jax.data.indexed import open_dataset as open
+from pythia_jax.data.indexed_writer import IndexedDatasetWriter
 from pythia_jax.data.sample_order import SampleOrder, build_sample_order
-from pythia_jax.data.tokenize import (
-    TokenizedData,
-    load_tokenizer,
-    read_texts,
-    tokenize,
-    tokenize_texts,
-)
+from pythia_jax.data.samples import Pieces, Samples
+from pythia_jax.data.texts import read_texts
+from pythia_jax.data.tokenize import TokenizedData, load_tokenizer, tokenize, tokenize_texts
 
 __all__ = [
     "Batches",
+    "Index",
     "IndexedDataset",
     "IndexedDatasetWriter",
+    "Pieces",
     "SampleOrder",
     "Samples",
     "TokenizedData",
@@ -40,6 +34,7 @@ __all__ = [
     "open",
     "open_dataset",
     "read_texts",
+    "samples",
     "token_dtype",
     "tokenize",
     "tokenize_texts",

@@ -9,72 +9,24 @@ megatron/data/data_utils.py and samplers.py.
 """
 
 import operator
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pythia_jax.configs import RunConfig
-from pythia_jax.data.indexed import IndexedDataset, open_dataset
-from pythia_jax.data.sample_order import (
-    SampleOrder,
-    SplitSizes,
-    build_sample_order,
-    samples_to_draw,
-)
+from pythia_jax.data.blending import blending_indices, normalized_weights, split_documents
+from pythia_jax.data.indexed import IndexedDataset, index_location, open_dataset
+from pythia_jax.data.order_cache import cached_order
+from pythia_jax.data.preshuffled import PreshuffledSamples, holds_rows
+from pythia_jax.data.sample_order import SplitSizes, samples_to_draw
+from pythia_jax.data.samples import BlendedSamples, NeoxSamples, Pieces, Samples
+from pythia_jax.data.storage import is_url
 
 SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # ours → upstream's
-_ROWS_AT_ONCE = 64  # keeps the positions of a gather inside the processor's cache
-
-
-class Samples(Protocol):
-    """A numbered set of samples, each `sequence_length` + 1 tokens."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
-        """Tokens of the samples at `indices`, `[n, seq + 1]`, in the dtype of the data."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class NeoxSamples:
-    """The samples of one dataset in GPT-NeoX's order."""
-
-    dataset: IndexedDataset
-    order: SampleOrder
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
-        """Tokens of the samples served at `indices`, `[n, seq + 1]`; indices wrap at the length."""
-        width = self.order.sequence_length + 1
-        tokens = np.empty((len(indices), width), self.dataset.dtype)
-        for first in range(0, len(indices), _ROWS_AT_ONCE):
-            block = slice(first, first + _ROWS_AT_ONCE)
-            starts, lengths = self._token_spans(indices[block])
-            tokens[block] = self.dataset.read_spans(starts, lengths).reshape(-1, width)
-        return tokens
-
-    def _token_spans(
-        self, indices: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """One span of the dataset for every document that a sample touches, sample by sample."""
-        (first, first_token), (last, last_token) = (place.T for place in self.order.spans(indices))
-        counts = last - first + 1
-        last_span = np.cumsum(counts) - 1
-        first_span = last_span - counts + 1
-        positions = np.repeat(first - first_span, counts) + np.arange(counts.sum())
-        documents = self.order.document_order[positions]
-        starts = self.dataset.pointers[documents] // self.dataset.dtype.itemsize
-        lengths = self.dataset.sizes[documents].astype(np.int64)
-        lengths[last_span] = last_token + 1
-        lengths[first_span] -= first_token
-        starts[first_span] += first_token
-        return starts, lengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,14 +63,44 @@ class Batches:
             IndexError: the split has no such step, or the batch no such row.
             ValueError: the data holds an id that the model's vocabulary does not.
         """
+        tokens = self.samples.read(self.sample_numbers(step, rows))
+        self._check_ids(tokens, step)
+        return tokens.astype(np.int32)
+
+    def pieces(self, step: int, rows: slice | ArrayLike = slice(None)) -> Pieces:
+        """Which documents these rows of a step are made of; `Pieces.row` counts rows asked for.
+
+        Raises:
+            IndexError: the split has no such step, or the batch no such row.
+            ValueError: documents are not known; the message says what to set.
+        """
+        return self.samples.pieces(self.sample_numbers(step, rows))
+
+    def sample_numbers(self, step: int, rows: slice | ArrayLike = slice(None)) -> NDArray[np.int64]:
+        """Places of these rows in the split's order, `[n]`; beyond its length they wrap."""
         step = operator.index(step)
         if not 0 <= step < len(self):
             raise IndexError(
                 f"{self.name}: step {step} asked for, but it has {len(self)} steps, from 0 on"
             )
-        tokens = self.samples.read(step * self.batch_size + self._row_numbers(rows))
-        self._check_ids(tokens, step)
-        return tokens.astype(np.int32)
+        return step * self.batch_size + self._row_numbers(rows)
+
+    def steps_of_document(self, document: int, source: int = 0) -> NDArray[np.int64]:
+        """Every (step, row) that holds a token of a document, `[k, 2]`, in order.
+
+        Args:
+            document: its number in its path.
+            source: which path of the split.
+
+        Raises:
+            IndexError: there is no such document or path.
+            ValueError: documents are not known; the message says what to set.
+        """
+        found = self.samples.samples_of_document(document, source)
+        served = self.num_batches * self.batch_size
+        rounds = np.arange(-(-served // len(self.samples))) * len(self.samples)
+        numbers = (rounds[:, None] + found).ravel()
+        return np.stack(np.divmod(numbers[numbers < served], self.batch_size), axis=1)
 
     def _row_numbers(self, rows: slice | ArrayLike) -> NDArray[np.int64]:
         numbers = np.arange(self.batch_size, dtype=np.int64)
@@ -138,16 +120,19 @@ class Batches:
     def _check_ids(self, tokens: NDArray[Any], step: int) -> None:
         # Out of range, a gather on an accelerator clamps or wraps and trains on something else.
         limit = self.vocab_size or 2**31
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < limit:
-            wrong = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
+        if not tokens.size or (tokens.dtype.kind == "u" and np.iinfo(tokens.dtype).max < limit):
+            return
+        lowest, highest = (0 if tokens.dtype.kind == "u" else int(tokens.min())), int(tokens.max())
+        if lowest < 0 or highest >= limit:
             raise ValueError(
-                f"{self.source}: token id {wrong} in step {step} of {self.name}, but ids go from "
-                f"0 to {limit - 1}; the data and model.vocab_size are not of one tokenizer"
+                f"{self.source}: token id {lowest if lowest < 0 else highest} in step {step} of "
+                f"{self.name}, but ids go from 0 to {limit - 1}; the data and model.vocab_size are "
+                "not of one tokenizer"
             )
 
 
 def batches(config: RunConfig, split: str = "train") -> Batches:
-    """The batches of a run's split, in GPT-NeoX v1.0's order.
+    """The batches of a run's split, in GPT-NeoX v1.0's order or as preshuffled rows lie.
 
     Every split has an order of its own, from its own number of samples and the one `data.seed`:
     where both take one epoch of one path, validation batch k is training batch k, as it was for
@@ -163,51 +148,141 @@ def batches(config: RunConfig, split: str = "train") -> Batches:
         ValueError: the split is unknown or has no data, or the data cannot serve this config.
         FileNotFoundError: the data is not where the config says.
     """
-    prefix = _only_path(config, split)
-    dataset = open_dataset(prefix)
-    vocab_size = config.model.vocab_size if config.model is not None else None
-    _check_dtype(dataset, vocab_size)
-    training, evaluation = config.training, config.evaluation
-    sizes = SplitSizes.of_run(training.steps, evaluation.every, evaluation.steps)
-    num_batches = getattr(sizes, split)
-    try:
-        order = build_sample_order(
-            dataset.sizes,
-            samples_to_draw(num_batches, training.batch_size),
-            config.data.sequence_length,
-            config.data.seed,
-        )
-    except ValueError as error:
-        raise ValueError(f"{prefix} (data.{split}): {error}") from None
+    name, source, served = _open_split(config, split)
     return Batches(
-        name=f"{SPLITS[split]}_0",
-        source=str(prefix),
-        samples=NeoxSamples(dataset, order),
-        num_batches=num_batches,
-        batch_size=training.batch_size,
-        vocab_size=vocab_size,
+        name=name,
+        source=source,
+        samples=served,
+        num_batches=_num_batches(config, split),
+        batch_size=config.training.batch_size,
+        vocab_size=config.model.vocab_size if config.model is not None else None,
     )
 
 
-def _only_path(config: RunConfig, split: str) -> str:
-    """The one prefix that a split reads; what is not there yet is refused."""
+def samples(config: RunConfig, split: str = "train") -> Samples:
+    """The samples that a split's batches are dealt from: `samples(config)[i]` is `[seq + 1]`.
+
+    Arguments and errors are those of `batches`.
+    """
+    return _open_split(config, split)[2]
+
+
+def _num_batches(config: RunConfig, split: str) -> int:
+    evaluation = config.evaluation
+    sizes = SplitSizes.of_run(config.training.steps, evaluation.every, evaluation.steps)
+    return getattr(sizes, split)
+
+
+def _open_split(config: RunConfig, split: str) -> tuple[str, str, Samples]:
+    """A split's name upstream, where its tokens lie, and its samples."""
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; the splits are {', '.join(SPLITS)}")
-    data = config.data
-    if data.order != "neox":
-        raise ValueError(f"data.order: {data.order!r} is not supported yet; use 'neox'")
+    name, data = SPLITS[split], config.data
     if data.split is not None:
-        raise ValueError(
-            f"data.split: {data.split!r} is not supported yet; name data.validation and data.test"
-        )
+        (path,) = data.train
+        return name, path, _part_of_path(config, split)
     paths = getattr(data, split)
     if not paths:
         raise ValueError(f"data.{split} names no dataset; give it the prefix of a .bin/.idx pair")
-    if len(paths) > 1:
-        raise ValueError(
-            f"data.{split}: {len(paths)} paths given; blending is not supported yet, give one"
+    if data.order == "preshuffled":
+        return f"{name}_0", paths[0], _preshuffled(config, split)
+    names = ", ".join(f"{name}_{i}" for i in range(len(paths)))
+    return names, ", ".join(paths), _blend(config, split)
+
+
+def _blend(config: RunConfig, split: str) -> Samples:
+    """The samples of all paths of a split, by weight."""
+    paths = getattr(config.data, split)
+    weights = getattr(config.data, f"{split}_weights") or (1.0,) * len(paths)
+    shares = normalized_weights(weights)
+    num_batches = _num_batches(config, split)
+    members = [
+        _in_neox_order(
+            config,
+            split,
+            _open(config, split, path),
+            samples_to_draw(num_batches, config.training.batch_size, share),
         )
-    return paths[0]
+        for path, share in zip(paths, shares.tolist(), strict=True)
+    ]
+    if len(members) == 1:
+        return members[0]
+    dataset, sample = blending_indices(shares, sum(map(len, members)))
+    return BlendedSamples(
+        tuple(replace(member, in_blend=True) for member in members), dataset, sample
+    )
+
+
+def _part_of_path(config: RunConfig, split: str) -> NeoxSamples:
+    """A split's share of the documents of the one path that `data.split` divides."""
+    data = config.data
+    assert data.split_shares is not None
+    (path,) = data.train
+    dataset = _open(config, split, path)
+    part = split_documents(data.split_shares, len(dataset))[list(SPLITS).index(split)]
+    if not part or part.start < 0:
+        raise ValueError(
+            f"data.split: {data.split!r} leaves no documents for {split} of the {len(dataset)} of "
+            f"{path}; give it a greater share"
+        )
+    # Here upstream draws no 0.5 % more.
+    wanted = _num_batches(config, split) * config.training.batch_size
+    return _in_neox_order(config, split, dataset, wanted, part)
+
+
+def _in_neox_order(
+    config: RunConfig,
+    split: str,
+    dataset: IndexedDataset,
+    num_samples: int,
+    documents: range | None = None,
+) -> NeoxSamples:
+    data = config.data
+    try:
+        order = cached_order(dataset, num_samples, data.sequence_length, data.seed, documents)
+    except ValueError as error:
+        raise ValueError(f"{dataset.prefix} (data.{split}): {error}") from None
+    return NeoxSamples(dataset, order)
+
+
+def _preshuffled(config: RunConfig, split: str) -> Samples:
+    """Rows as they lie, enough of them for the run."""
+    (path,) = getattr(config.data, split)
+    vocab_size = config.model.vocab_size if config.model is not None else None
+    data, batch_size = config.data, config.training.batch_size
+    rows = PreshuffledSamples(path, data.sequence_length, data.seed, data.documents, vocab_size)
+    wanted = _num_batches(config, split)
+    if len(rows) < wanted * batch_size:
+        raise ValueError(
+            f"{path} (data.{split}): holds {len(rows)} preshuffled rows, enough for "
+            f"{len(rows) // batch_size} steps of batch_size {batch_size}, but {wanted} are to be "
+            "taken; set training.steps (or evaluation.steps) to less, or complete the data"
+        )
+    return rows
+
+
+def _open(config: RunConfig, split: str, path: str) -> IndexedDataset:
+    """A dataset to be put into GPT-NeoX's order, checked to be one that should be."""
+    order_given = config.data.order is not None
+    try:
+        dataset = open_dataset(path)
+    except FileNotFoundError as error:
+        index_there = not is_url(path) and os.path.exists(index_location(path))
+        if order_given or index_there:
+            raise
+        raise FileNotFoundError(
+            f"{error} (data.{split}). Only rows shuffled already need no .idx: if these are such "
+            "rows, set data.order to preshuffled"
+        ) from None
+    _check_dtype(dataset, config.model.vocab_size if config.model is not None else None)
+    width = config.data.sequence_length + 1
+    if not order_given and holds_rows(dataset, width):
+        raise ValueError(
+            f"{path} (data.{split}): every document has {width} tokens, data.sequence_length + 1, "
+            "as in data that was shuffled already, and data.order is not set. Set it to "
+            "'preshuffled' to read the rows as they lie, or to 'neox' to shuffle them"
+        )
+    return dataset
 
 
 def _check_dtype(dataset: IndexedDataset, vocab_size: int | None) -> None:

@@ -1,48 +1,229 @@
-"""Batches written out as one `.npy` file, for whoever wants to look at them without us."""
+"""Batches written out, for whoever wants to look at them without us, or a function of each.
+
+`dump` writes the rows, as one file or one a batch; `dump_map` what a function makes of every
+batch. Both hold one batch at a time, give each file its name only when it is whole, and return the
+SHA-256 of the rows that went by, as little-endian int32 from the first row to the last.
+"""
 
 import hashlib
+import importlib
+import inspect
+import json
 import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pythia_jax.data.batches import Batches
 
+FORMATS = ("npy", "jsonl")
 
-def dump(batches: Batches, start: int, stop: int, out: str | os.PathLike[str]) -> str:
-    """Writes the rows of steps `start` to `stop` (not included), `[rows, seq + 1]` int32.
+PathLike = str | os.PathLike[str]
+Progress = Callable[[int], None]
 
-    The file appears under its name when it is whole; if anything fails, nothing is left of it and
-    a file that was there before stays.
+
+def dump(
+    batches: Batches,
+    start: int,
+    stop: int,
+    out: PathLike,
+    *,
+    format: str = "npy",
+    per_step: bool = False,
+    progress: Progress | None = None,
+) -> str:
+    """Writes the rows of steps `start` to `stop` (not included).
+
+    A file appears under its name when it is whole. If anything fails, nothing is left of the file
+    that was being written, and one that was there before stays; with `per_step` the batches before
+    it stay written.
+
+    Args:
+        batches: what to write.
+        start: the first step.
+        stop: the step after the last.
+        out: the file; with `per_step` a folder, made if need be, that gets `step-000000.npy` and
+            so on, each with `[batch, seq + 1]` of its own.
+        format: `npy`, int32 `[rows, seq + 1]`; or `jsonl`, a line
+            `{"step": …, "row": …, "tokens": […]}` for each row.
+        per_step: one file a batch.
+        progress: called after every batch with the number of them so far.
 
     Returns:
-        The SHA-256 of the rows as little-endian int32, in hexadecimal.
+        The SHA-256 of the rows, in hexadecimal.
+
+    Raises:
+        ValueError: the split has no such steps, or there is no such format.
+        OSError: the files cannot be written there.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format: {format!r} is unknown; choose from {', '.join(FORMATS)}")
+    _check_steps(batches, start, stop)
+    out = Path(out)
+    digest = hashlib.sha256()
+    groups = [range(start, stop)]
+    if per_step:
+        out.mkdir(parents=True, exist_ok=True)
+        groups = (range(step, step + 1) for step in groups[0])
+    for steps in groups:
+        path = out / f"step-{steps.start:06d}.{format}" if per_step else out
+        with _written_whole(path) as file:
+            for step in steps:
+                rows = _little_endian(batches[step])
+                digest.update(rows.data)
+                if format == "jsonl":
+                    _write_json_rows(file, step, rows)
+                else:
+                    if step == steps.start:
+                        _write_npy_header(file, len(steps) * len(rows), rows)
+                    file.write(rows.data)
+                if progress is not None:
+                    progress(step + 1 - start)
+    return digest.hexdigest()
+
+
+def dump_map(
+    batches: Batches,
+    start: int,
+    stop: int,
+    out: PathLike,
+    function: Callable[[int, NDArray[np.int32]], Any],
+    *,
+    progress: Progress | None = None,
+) -> str:
+    """Writes `{"step": …, "value": function(step, rows)}`, a line for each step.
+
+    Args:
+        batches: what to go through.
+        start: the first step.
+        stop: the step after the last.
+        out: the file of JSON lines; it appears when it is whole.
+        function: called with a step and its rows, int32 `[batch, seq + 1]`; returns anything that
+            JSON can hold, with arrays (of NumPy, JAX or torch) as nested lists.
+        progress: called after every batch with the number of them so far.
+
+    Returns:
+        The SHA-256 of the rows, in hexadecimal.
 
     Raises:
         ValueError: the split has no such steps.
+        RuntimeError: the function raised, or returned what JSON cannot hold; the message names the
+            function and the step.
     """
+    _check_steps(batches, start, stop)
+    name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', function)}"
+    digest = hashlib.sha256()
+    with _written_whole(Path(out)) as file:
+        for step in range(start, stop):
+            rows = _little_endian(batches[step])
+            digest.update(rows.data)
+            try:
+                value = function(step, rows)
+            except Exception as error:
+                raise RuntimeError(
+                    f"{name} failed at step {step}: {type(error).__name__}: {error}"
+                ) from error
+            try:
+                line = json.dumps({"step": step, "value": _plain(value)}, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise RuntimeError(
+                    f"{name} returned at step {step} what JSON cannot hold: {error}"
+                ) from error
+            file.write(line.encode() + b"\n")
+            if progress is not None:
+                progress(step + 1 - start)
+    return digest.hexdigest()
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names.
+
+    Modules are looked for in the current folder too, which goes to the front of `sys.path` as with
+    `python -m`, and stays there for what the function imports when it runs.
+
+    Raises:
+        ValueError: the name is not of this form, or there is no such module or function, or the
+            module cannot be imported.
+    """
+    module_name, colon, path = name.partition(":")
+    if not (module_name and colon and path):
+        raise ValueError(f"{name!r} names no function; give package.module:function")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+        importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(
+            f"{name}: module {module_name} cannot be imported: {type(error).__name__}: {error} "
+            f"(looked in {here} and where Python's packages are)"
+        ) from error
+    found: Any = module
+    for part in path.split("."):
+        if not hasattr(found, part):
+            functions = [n for n, _ in inspect.getmembers(found, callable) if n[0] != "_"]
+            nearest = get_close_matches(part, functions, 1)
+            hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
+            raise ValueError(f"{name}: {module_name} has no {path}{hint}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"{name}: is {type(found).__name__}, not a function of (step, rows)")
+    return found
+
+
+def _check_steps(batches: Batches, start: int, stop: int) -> None:
     if not 0 <= start < stop <= len(batches):
         raise ValueError(
             f"steps {start} to {stop} asked for, but {batches.name} of {batches.source} has steps "
             f"0 to {len(batches)} (the last not included)"
         )
-    out = Path(out)
-    if out.is_dir():
-        raise IsADirectoryError(f"{out}: is a folder; name the .npy file to write")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent} to write it in")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    digest = hashlib.sha256()
+
+
+def _little_endian(rows: NDArray[np.int32]) -> NDArray[np.int32]:
+    return np.ascontiguousarray(rows, dtype="<i4")
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which has its name when the block ends and is gone if it fails."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; name the file to write")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent} to write it in")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        first = batches[start]
-        shape = ((stop - start) * len(first), first.shape[1])
-        rows = np.lib.format.open_memmap(partial, mode="w+", dtype=np.dtype("<i4"), shape=shape)
-        for i, step in enumerate(range(start, stop)):
-            batch = np.ascontiguousarray(first if step == start else batches[step], dtype="<i4")
-            rows[i * len(batch) : (i + 1) * len(batch)] = batch
-            digest.update(batch.data)
-        rows.flush()
-        partial.replace(out)
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return digest.hexdigest()
+
+
+def _write_npy_header(file: IO[bytes], count: int, rows: NDArray[np.int32]) -> None:
+    shape = (count, rows.shape[1])
+    header = {"descr": rows.dtype.str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _write_json_rows(file: IO[bytes], step: int, rows: NDArray[np.int32]) -> None:
+    for number, tokens in enumerate(rows):
+        line = json.dumps({"step": step, "row": number, "tokens": tokens.tolist()})
+        file.write(line.encode() + b"\n")
+
+
+def _plain(value: Any) -> Any:
+    """A value with every array and array scalar in it made of Python's own numbers and lists."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value

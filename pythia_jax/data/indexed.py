@@ -1,7 +1,8 @@
-"""Token datasets on disk: the memory-mapped `.bin/.idx` pair of GPT-NeoX.
+"""Token datasets as they lie: the `.bin/.idx` pair of GPT-NeoX, read in place.
 
-`PREFIX.bin` holds the tokens of all documents back to back. `PREFIX.idx` says where each one lies;
-all numbers little-endian, without padding:
+`PREFIX.bin` holds the tokens of all documents back to back; it may lie in shards, and anywhere
+(`pythia_jax.data.storage`). `PREFIX.idx` says where each document lies; all numbers little-endian,
+without padding:
 
     bytes        content
     9            magic `MMIDIDX\\0\\0`
@@ -16,15 +17,27 @@ all numbers little-endian, without padding:
 Source: GPT-NeoX v1.0, megatron/data/indexed_dataset.py, MMapIndexedDataset.
 """
 
+import hashlib
 import operator
-import os
 import struct
 from functools import cached_property
-from pathlib import Path
-from typing import IO, Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import NDArray
+
+from pythia_jax.data.storage import (
+    Bytes,
+    LocalFiles,
+    PathLike,
+    check_ranges,
+    copy_spans,
+    find_tokens,
+    open_bytes,
+    split_shard_name,
+    strip_suffix,
+    with_suffix,
+)
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -32,7 +45,7 @@ DTYPES = {
     code: np.dtype(name)
     for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f4", "<f8", "<u2"), start=1)
 }
-_HEADER = struct.Struct("<9sQBQQ")
+HEADER = struct.Struct("<9sQBQQ")
 _CHUNK = 1 << 20  # documents looked at together where a whole index is walked
 
 
@@ -46,7 +59,7 @@ class Header(NamedTuple):
     @property
     def pointers_offset(self) -> int:
         """Byte at which the pointers start."""
-        return _HEADER.size + 4 * self.num_documents
+        return HEADER.size + 4 * self.num_documents
 
     @property
     def document_index_offset(self) -> int:
@@ -59,79 +72,172 @@ class Header(NamedTuple):
         return self.document_index_offset + 8 * self.document_index_length
 
 
-class IndexedDataset:
+class Index:
+    """An `.idx` file: how long the documents of a dataset are and where they start.
+
+    On this machine it is mapped, and checked whole when opened. A remote one has its sizes read
+    when they are first asked for, and its pointers worked out from them, which saves two thirds of
+    the file; only the last pointer is read, and must agree.
+
+    Args:
+        prefix: of the dataset, as `find_tokens` takes it. The `.bin` is not looked at.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not what the format says; the message names it and what is wrong.
+    """
+
+    def __init__(self, prefix: PathLike):
+        self.prefix = strip_suffix(prefix)
+        try:
+            self._index = open_bytes(index_location(self.prefix))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error}; a dataset is a .bin and an .idx file of one prefix"
+            ) from None
+        self.header = read_header(self._index)
+        self.num_tokens = _check_index(self) if self._is_local else _end_of_last(self)
+
+    @property
+    def index_path(self) -> str:
+        """Where the `.idx` file is."""
+        return self._index.name
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the tokens as they lie in `.bin`."""
+        return self.header.dtype
+
+    @property
+    def _is_local(self) -> bool:
+        return isinstance(self._index, LocalFiles)
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int32]:
+        """Length of every document in tokens, `[documents]`.
+
+        Raises:
+            ValueError: sizes just read from afar are negative, or are not what the pointers say.
+        """
+        sizes = self.read_entries("<i4", HEADER.size, len(self))
+        if not self._is_local:
+            _check_sizes(self, sizes)
+        return sizes
+
+    @cached_property
+    def pointers(self) -> NDArray[np.int64]:
+        """Byte of `.bin` at which every document starts, `[documents]`."""
+        if self._is_local:
+            return self.read_entries("<i8", self.header.pointers_offset, len(self))
+        pointers = np.zeros(len(self), np.int64)
+        np.cumsum(self.sizes[:-1], out=pointers[1:])
+        pointers *= self.dtype.itemsize
+        return pointers
+
+    @cached_property
+    def document_index(self) -> NDArray[np.int64]:
+        """The document index as it lies on disk; GPT-NeoX's order never looks at it."""
+        return self.read_entries(
+            "<i8", self.header.document_index_offset, self.header.document_index_length
+        )
+
+    def content_hash(self) -> str:
+        """SHA-256 of all that the index says of its documents: their dtype, number and sizes.
+
+        Equal wherever the dataset lies, in one file or in shards. Half a second for the Pile's 210
+        million documents, once their sizes are in memory.
+        """
+        digest = hashlib.sha256(f"{self.dtype.str} {len(self)} ".encode())
+        for first in range(0, len(self), _CHUNK):
+            digest.update(np.ascontiguousarray(self.sizes[first : first + _CHUNK], "<i4").data)
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return self.header.num_documents
+
+    def read_entries(self, dtype: str, offset: int, count: int) -> NDArray[Any]:
+        """So many numbers of the `.idx` file as they lie from byte `offset` on."""
+        stop = offset + count * np.dtype(dtype).itemsize
+        return self._index.read(offset, stop).view(dtype)
+
+    def _span(self, document: int) -> tuple[int, int]:
+        """First token and length of a document, without reading the sizes of all the others."""
+        index = operator.index(document)
+        if not -len(self) <= index < len(self):
+            raise IndexError(
+                f"{self.prefix}: document {index} asked for, but it has {len(self)} documents"
+            )
+        index %= len(self)
+        if self._is_local or "sizes" in self.__dict__:
+            pointer, size = int(self.pointers[index]), int(self.sizes[index])
+        else:
+            starts = [self.header.pointers_offset + 8 * index, HEADER.size + 4 * index]
+            read = self._index.read_ranges(np.array(starts), np.array([8, 4]))
+            pointer, size = struct.unpack("<qi", read.tobytes())
+        return pointer // self.dtype.itemsize, size
+
+    def __getstate__(self) -> dict[str, Any]:
+        cached = ("sizes", "pointers", "document_index")
+        return {name: value for name, value in self.__dict__.items() if name not in cached}
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.prefix!r}: {len(self)} documents, "
+            f"{self.num_tokens} tokens, {self.dtype.name})"
+        )
+
+
+class IndexedDataset(Index):
     """A token dataset, read in place: `dataset[i]` are the tokens of document i, `len` counts them.
 
     Opening reads and checks the index, never the tokens. Files are mapped on first use and again in
     every process that unpickles the dataset. Reading is safe from several threads.
 
     Args:
-        prefix: path of the pair without suffix; `.bin` or `.idx` at its end is taken off.
+        prefix: of the dataset, local or remote, one file or shards, as `find_tokens` takes it.
 
     Raises:
-        FileNotFoundError: one of the two files is missing.
+        FileNotFoundError: the `.idx`, the `.bin` or a shard is missing.
         ValueError: a file is not what the format says; the message names it and what is wrong.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str]):
-        self.prefix = strip_suffix(prefix)
-        for path in (self.index_path, self.tokens_path):
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"{path}: no such file; a dataset is a .bin and an .idx file of one prefix"
-                )
-        self.header = _read_header(self.index_path)
-        self.num_tokens = _check_index(self)
+    def __init__(self, prefix: PathLike):
+        super().__init__(prefix)
+        self.data: Bytes = find_tokens(prefix)
+        promised = self.num_tokens * self.dtype.itemsize
+        if self.data.size != promised:
+            raise ValueError(
+                f"{self.data.name}: holds {self.data.size} bytes, but its index promises "
+                f"{self.num_tokens} tokens of {self.dtype.name}, {promised} bytes; a file is "
+                "truncated, or tokens and index do not belong together"
+            )
 
     @property
-    def index_path(self) -> Path:
-        """The `.idx` file."""
-        return self.prefix.with_name(self.prefix.name + ".idx")
-
-    @property
-    def tokens_path(self) -> Path:
-        """The `.bin` file."""
-        return self.prefix.with_name(self.prefix.name + ".bin")
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Type of the tokens as they lie on disk."""
-        return self.header.dtype
-
-    @cached_property
-    def sizes(self) -> NDArray[np.int32]:
-        """Length of every document in tokens, `[documents]`."""
-        return _map(self.index_path, "<i4", len(self), _HEADER.size)
-
-    @cached_property
-    def pointers(self) -> NDArray[np.int64]:
-        """Byte of `.bin` at which every document starts, `[documents]`."""
-        return _map(self.index_path, "<i8", len(self), self.header.pointers_offset)
-
-    @cached_property
-    def document_index(self) -> NDArray[np.int64]:
-        """The document index as it lies on disk; GPT-NeoX's order never looks at it."""
-        header = self.header
-        return _map(
-            self.index_path, "<i8", header.document_index_length, header.document_index_offset
-        )
-
-    @cached_property
     def tokens(self) -> NDArray[Any]:
-        """All tokens of all documents, `[num_tokens]`."""
-        return _map(self.tokens_path, self.dtype, self.num_tokens)
+        """All tokens of all documents, `[num_tokens]`, mapped.
 
-    def __len__(self) -> int:
-        return self.header.num_documents
+        Raises:
+            ValueError: they lie in shards or remote, where only `read_spans` reads them.
+        """
+        if not self._is_one_map:
+            raise ValueError(
+                f"{self.data.name}: not one file of this machine, so its tokens are no array; "
+                "read_spans reads them where they lie"
+            )
+        assert isinstance(self.data, LocalFiles)
+        return self.data.map_of(0).view(self.dtype)
+
+    @property
+    def _is_one_map(self) -> bool:
+        return isinstance(self.data, LocalFiles) and len(self.data.paths) == 1
 
     def __getitem__(self, document: int) -> NDArray[Any]:
-        index = operator.index(document)
-        if not -len(self) <= index < len(self):
-            raise IndexError(
-                f"{self.prefix}: document {index} asked for, but it has {len(self)} documents"
-            )
-        start = int(self.pointers[index]) // self.dtype.itemsize
-        return self.tokens[start : start + int(self.sizes[index])]
+        start, size = self._span(document)
+        itemsize = self.dtype.itemsize
+        if self._is_one_map:
+            return self.tokens[start : start + size]
+        read = self.data.read(start * itemsize, (start + size) * itemsize)
+        return np.require(read, requirements="A").view(self.dtype)
 
     def read_spans(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[Any]:
         """Reads many spans of tokens, put end to end.
@@ -141,33 +247,28 @@ class IndexedDataset:
             lengths: tokens of each span; 0 is fine.
 
         Returns:
-            `[sum of lengths]`, in the dataset's dtype.
+            `[sum of lengths]`, in the dataset's dtype; a read-only view, perhaps, where they lie
+            together.
+
+        Raises:
+            IndexError: a span leaves the dataset.
         """
-        lengths_before = np.cumsum(lengths) - lengths
-        positions = np.repeat(starts - lengths_before, lengths)
-        positions += np.arange(positions.size)
-        return self.tokens[positions]
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = ("prefix", "header", "num_tokens")
-        return {name: self.__dict__[name] for name in kept}
-
-    def __repr__(self) -> str:
-        return (
-            f"IndexedDataset({str(self.prefix)!r}: {len(self)} documents, "
-            f"{self.num_tokens} tokens, {self.dtype.name})"
-        )
+        starts, lengths = check_ranges(self.prefix, self.num_tokens, starts, lengths, "tokens")
+        if self._is_one_map:
+            return copy_spans(self.tokens, starts, lengths)
+        itemsize = self.dtype.itemsize
+        return self.data.read_ranges(starts * itemsize, lengths * itemsize).view(self.dtype)
 
 
-def open_dataset(prefix: str | os.PathLike[str]) -> IndexedDataset:
+def open_dataset(prefix: PathLike) -> IndexedDataset:
     """Opens the dataset at a prefix; errors are those of `IndexedDataset`."""
     return IndexedDataset(prefix)
 
 
-def strip_suffix(prefix: str | os.PathLike[str]) -> Path:
-    """The prefix without a `.bin` or `.idx` at its end."""
-    path = Path(prefix)
-    return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+def index_location(prefix: PathLike) -> str:
+    """The `.idx` of a dataset; a shard set has one, named as if it were one file."""
+    base, _ = split_shard_name(strip_suffix(prefix))
+    return with_suffix(base, ".idx")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -175,187 +276,77 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size < 65500 else "<i4")
 
 
-def _map(path: Path, dtype: DTypeLike, count: int, offset: int = 0) -> NDArray[Any]:
-    """Maps `count` items of a file, read-only."""
-    if count == 0:
-        return np.empty(0, dtype)  # an empty file cannot be mapped
-    return np.asarray(np.memmap(path, dtype, mode="r", offset=offset, shape=(count,)))
-
-
-def _read_header(path: Path) -> Header:
+def read_header(index: Bytes) -> Header:
     """Reads and checks the first bytes of an `.idx` file."""
-    with path.open("rb") as file:
-        head = file.read(_HEADER.size)
+    head = index.read(0, min(HEADER.size, index.size)).tobytes()
     if not head.startswith(MAGIC):
         raise ValueError(
-            f"{path}: not an index of GPT-NeoX's mmap format: it starts with {head[:9]!r}, "
+            f"{index.name}: not an index of GPT-NeoX's mmap format: it starts with {head[:9]!r}, "
             f"not {MAGIC!r}"
         )
-    if len(head) < _HEADER.size:
-        raise ValueError(f"{path}: ends inside its {_HEADER.size}-byte header; copy it again")
-    _, version, code, documents, index_length = _HEADER.unpack(head)
+    if len(head) < HEADER.size:
+        raise ValueError(f"{index.name}: ends inside its {HEADER.size}-byte header; copy it again")
+    _, version, code, documents, index_length = HEADER.unpack(head)
     if version != VERSION:
-        raise ValueError(f"{path}: format version {version}; only version {VERSION} is known")
+        raise ValueError(f"{index.name}: format version {version}; only version {VERSION} is known")
     if code not in DTYPES:
         known = ", ".join(f"{code} {dtype.name}" for code, dtype in DTYPES.items())
-        raise ValueError(f"{path}: unknown dtype code {code}; known are {known}")
+        raise ValueError(f"{index.name}: unknown dtype code {code}; known are {known}")
     header = Header(DTYPES[code], documents, index_length)
-    actual = path.stat().st_size
-    if actual != header.file_size:
+    if index.size != header.file_size:
         raise ValueError(
-            f"{path}: holds {actual} bytes, but its header ({documents} documents, document index "
-            f"of {index_length}) makes {header.file_size}; truncated or damaged, copy it again"
+            f"{index.name}: holds {index.size} bytes, but its header ({documents} documents, "
+            f"document index of {index_length}) makes {header.file_size}; truncated or damaged, "
+            "copy it again"
         )
     return header
 
 
-def _check_index(dataset: IndexedDataset) -> int:
-    """Checks sizes, pointers and the length of `.bin`; returns the number of tokens."""
-    itemsize = dataset.dtype.itemsize
+def _check_index(index: Index) -> int:
+    """Checks every size and pointer; returns the number of tokens."""
+    itemsize = index.dtype.itemsize
     total = 0
-    for first in range(0, len(dataset), _CHUNK):
-        sizes = dataset.sizes[first : first + _CHUNK].astype(np.int64)
+    for first in range(0, len(index), _CHUNK):
+        sizes = index.sizes[first : first + _CHUNK].astype(np.int64)
         ends = total + np.cumsum(sizes)
-        pointers = dataset.pointers[first : first + _CHUNK]
+        pointers = index.pointers[first : first + _CHUNK]
         bad = np.flatnonzero((sizes < 0) | (pointers != (ends - sizes) * itemsize))
         if bad.size:
             raise ValueError(
-                f"{dataset.index_path}: document {first + bad[0]} has size {sizes[bad[0]]} and "
+                f"{index.index_path}: document {first + bad[0]} has size {sizes[bad[0]]} and "
                 f"pointer {pointers[bad[0]]}, but sizes are at least 0 and pointers the bytes "
                 "before; the file is damaged, copy it again"
             )
         total = int(ends[-1])
-    actual = dataset.tokens_path.stat().st_size
-    if actual != total * itemsize:
-        raise ValueError(
-            f"{dataset.tokens_path}: holds {actual} bytes, but its index promises {total} tokens "
-            f"of {dataset.dtype.name}, {total * itemsize} bytes; the file is truncated, or the two "
-            "files do not belong together"
-        )
     return total
 
 
-class IndexedDatasetWriter:
-    """Writes a dataset document by document, byte for byte as GPT-NeoX's builder.
-
-    A context manager. Everything is streamed to temporary files beside the target, which take
-    their names when the block ends; if it ends with an exception they are removed and whatever
-    lay at the prefix is untouched. Memory does not grow with the number of documents.
-
-    Args:
-        prefix: path of the pair without suffix; missing folders are made.
-        dtype: type of the tokens on disk, one of `DTYPES`; see `token_dtype`.
-
-    Raises:
-        ValueError: the format has no code for this dtype.
-    """
-
-    def __init__(self, prefix: str | os.PathLike[str], dtype: DTypeLike):
-        self.prefix = strip_suffix(prefix)
-        self.dtype: np.dtype[Any] = np.dtype(dtype).newbyteorder("<")
-        if self.dtype not in DTYPES.values():
-            known = ", ".join(known.name for known in DTYPES.values())
-            raise ValueError(f"{self.prefix}: cannot store {self.dtype.name}; choose from {known}")
-        self.num_documents = 0
-        self.num_tokens = 0
-
-    def __enter__(self) -> Self:
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._tokens_file = self._temporary(".bin").open("wb")
-        self._index_file = self._temporary(".idx").open("w+b")
-        self._index_file.write(bytes(_HEADER.size))  # counts are known at the end
-        return self
-
-    def add(self, tokens: ArrayLike) -> None:
-        """Appends one document, `[n]` tokens; n may be 0.
-
-        Raises:
-            ValueError: a token does not fit the dtype, or the document is too long.
-        """
-        tokens = np.asarray(tokens)
-        self.add_documents(tokens, [tokens.size])
-
-    def add_documents(self, tokens: ArrayLike, sizes: ArrayLike) -> None:
-        """Appends many documents: their tokens end to end, and how many each one has."""
-        values, lengths = np.asarray(tokens), np.asarray(sizes, np.int64)
-        if values.ndim != 1 or lengths.sum() != values.size:
-            raise ValueError(
-                f"{self.prefix}: tokens of shape {values.shape} given for documents of "
-                f"{lengths.sum()} tokens; give one flat sequence"
-            )
-        if lengths.size and not 0 <= lengths.min() <= lengths.max() <= np.iinfo(np.int32).max:
-            raise ValueError(
-                f"{self.prefix}: a document of {lengths.max()} tokens; the format counts to 2^31-1"
-            )
-        self._check_fit(values)
-        self._tokens_file.write(values.astype(self.dtype).tobytes())
-        self._index_file.write(lengths.astype("<i4").tobytes())
-        self.num_documents += lengths.size
-        self.num_tokens += values.size
-
-    def __exit__(self, exception_type: type[BaseException] | None, *_: object) -> None:
-        try:
-            if exception_type is None:
-                self._finish()
-        finally:
-            self._tokens_file.close()
-            self._index_file.close()
-            for suffix in (".bin", ".idx"):
-                self._temporary(suffix).unlink(missing_ok=True)
-
-    def _temporary(self, suffix: str) -> Path:
-        return self.prefix.with_name(f"{self.prefix.name}{suffix}.{os.getpid()}.tmp")
-
-    def _check_fit(self, values: NDArray[Any]) -> None:
-        if values.size == 0 or self.dtype.kind == "f":
-            return
-        if values.dtype.kind not in "iu":
-            raise ValueError(
-                f"{self.prefix}: tokens must be whole numbers of at most 64 bits, not "
-                f"{values.dtype}"
-            )
-        low, high = int(values.min()), int(values.max())
-        limits = np.iinfo(self.dtype)
-        if low < limits.min or high > limits.max:
-            raise ValueError(
-                f"{self.prefix}: token {high if high > limits.max else low} does not fit "
-                f"{self.dtype.name} ({limits.min} to {limits.max}); choose a wider dtype"
-            )
-
-    def _finish(self) -> None:
-        """Completes the index, makes both files durable and gives them their names."""
-        self._write_pointers_and_document_index()
-        code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype)
-        self._index_file.seek(0)
-        self._index_file.write(
-            _HEADER.pack(MAGIC, VERSION, code, self.num_documents, self.num_documents + 1)
+def _end_of_last(index: Index) -> int:
+    """Tokens of a remote dataset, from the last size and pointer alone."""
+    if len(index) == 0:
+        return 0
+    itemsize = index.dtype.itemsize
+    (pointer,) = index.read_entries("<i8", index.header.document_index_offset - 8, 1).tolist()
+    (size,) = index.read_entries("<i4", index.header.pointers_offset - 4, 1).tolist()
+    if size < 0 or pointer < 0 or pointer % itemsize:
+        raise ValueError(
+            f"{index.index_path}: its last document has size {size} and pointer {pointer}; the "
+            "file is damaged, copy it again"
         )
-        for file in (self._tokens_file, self._index_file):
-            _close_durably(file)
-        # An index beside foreign tokens would be worse than none, so the old one goes first.
-        index_path = self.prefix.with_name(self.prefix.name + ".idx")
-        index_path.unlink(missing_ok=True)
-        self._temporary(".bin").replace(self.prefix.with_name(self.prefix.name + ".bin"))
-        self._temporary(".idx").replace(index_path)
-
-    def _write_pointers_and_document_index(self) -> None:
-        file, count = self._index_file, self.num_documents
-        offset = 0
-        for first in range(0, count, _CHUNK):
-            number = min(_CHUNK, count - first)
-            file.seek(_HEADER.size + 4 * first)
-            sizes = np.frombuffer(file.read(4 * number), "<i4").astype(np.int64)
-            ends = offset + np.cumsum(sizes * self.dtype.itemsize)
-            file.seek(_HEADER.size + 4 * count + 8 * first)
-            file.write((ends - sizes * self.dtype.itemsize).astype("<i8").tobytes())
-            offset = int(ends[-1])
-        file.seek(_HEADER.size + 12 * count)
-        for first in range(0, count + 1, _CHUNK):
-            file.write(np.arange(first, min(first + _CHUNK, count + 1), dtype="<i8").tobytes())
+    return pointer // itemsize + size
 
 
-def _close_durably(file: IO[bytes]) -> None:
-    """Closes a file once its bytes are on the disk, so that a name never points at less."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+def _check_sizes(index: Index, sizes: NDArray[np.int32]) -> None:
+    """Checks sizes read from afar against the number of tokens that the last pointer gave."""
+    if len(sizes) and sizes.min() < 0:
+        bad = int(np.argmax(sizes < 0))
+        raise ValueError(
+            f"{index.index_path}: document {bad} has size {sizes[bad]}; the file is damaged, copy "
+            "it again"
+        )
+    total = int(sizes.sum(dtype=np.int64))
+    if total != index.num_tokens:
+        raise ValueError(
+            f"{index.index_path}: its sizes make {total} tokens, its last pointer "
+            f"{index.num_tokens}; the file is damaged, copy it again"
+        )

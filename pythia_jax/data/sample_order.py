@@ -9,13 +9,16 @@ Source: GPT-NeoX v1.0, megatron/data/gpt2_dataset.py (_build_index_mappings), he
 (build_sample_idx) and data_utils.py (numbers of samples).
 """
 
+import bisect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+_CHUNK = 1 << 18  # entries of an order looked at together, so that they stay in the cache
 SAMPLE_MARGIN = 1.005  # upstream asks for 0.5 % more samples than it means to serve
 
 
@@ -59,6 +62,22 @@ def epochs_needed(tokens_per_epoch: int, num_samples: int, sequence_length: int)
     return max(1, -(-(num_samples * sequence_length + 1) // tokens_per_epoch))
 
 
+def samples_of(epochs: int, tokens_per_epoch: int, sequence_length: int) -> int:
+    """Samples M that so many epochs make; GPT-NeoX serves M − 1 of them.
+
+    Raises:
+        ValueError: none would be served.
+    """
+    total = (epochs * tokens_per_epoch - 1) // sequence_length
+    if total < 2:
+        raise ValueError(
+            f"the documents hold {tokens_per_epoch} tokens, which make one sample of "
+            f"sequence_length {sequence_length}, and GPT-NeoX never serves the last one; "
+            "give more text or shorten the sequence"
+        )
+    return total
+
+
 @dataclass(frozen=True, eq=False)
 class SampleOrder:
     """Which tokens every sample takes, and in which order samples are served.
@@ -81,11 +100,30 @@ class SampleOrder:
         return len(self.shuffle) - 1
 
     def spans(self, indices: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """First and last place of the samples served at `indices`, two arrays `[n, 2]`."""
-        served = np.asarray(indices, np.int64) % len(self)
-        sample = self.shuffle[served].astype(np.int64)
+        """First and last place of the samples served at `indices`, two arrays `[n, 2]`.
+
+        Indices go up to M − 1, one beyond the length: what is beyond wraps is the caller's to say.
+        """
+        sample = self.shuffle[np.asarray(indices, np.int64)].astype(np.int64)
         first, last = self.sample_index[sample], self.sample_index[sample + 1]
         return first.astype(np.int64), last.astype(np.int64)
+
+    def positions_of(self, document: int) -> NDArray[np.int64]:
+        """Where a document stands in `document_order`, once an epoch."""
+        return _where(self.document_order, lambda documents: documents == document)
+
+    def samples_at(self, positions: NDArray[np.int64], served: int) -> NDArray[np.int64]:
+        """Which of the first `served` samples touch documents at these positions, ascending.
+
+        The documents must not be empty.
+        """
+        starts = self.sample_index[:, 0]
+        touched = np.zeros(len(self.shuffle), bool)
+        for position in positions.tolist():
+            # The sample before the first that starts at or after a position may end in it.
+            first = bisect.bisect_left(starts, position) - 1
+            touched[max(first, 0) : bisect.bisect_right(starts, position)] = True
+        return _where(self.shuffle[:served], lambda samples: touched[samples])
 
 
 def build_sample_order(
@@ -112,29 +150,28 @@ def build_sample_order(
             f"cannot make {num_samples} samples of sequence_length {sequence_length}; "
             "at least 0 samples of sequence_length 1"
         )
-    sizes = np.require(sizes, requirements="A")  # gathers are slow in an index file as it lies
     if documents is None:
         documents = np.arange(len(sizes), dtype=np.int32)
-    tokens_per_epoch = int(sizes[documents].sum(dtype=np.int64))
+        tokens_per_epoch = int(sizes.sum(dtype=np.int64))
+    else:
+        tokens_per_epoch = int(sizes[documents].sum(dtype=np.int64))
     epochs = epochs_needed(tokens_per_epoch, num_samples, sequence_length)
-    total = (epochs * tokens_per_epoch - 1) // sequence_length
-    if total < 2:
-        raise ValueError(
-            f"the documents hold {tokens_per_epoch} tokens, which make one sample of "
-            f"sequence_length {sequence_length}, and GPT-NeoX never serves the last one; "
-            "give more text or shorten the sequence"
-        )
+    total = samples_of(epochs, tokens_per_epoch, sequence_length)
     rng = np.random.RandomState(seed)
-    document_order = np.tile(documents.astype(np.int32), epochs)
+    document_order = np.tile(documents.astype(np.int32, copy=False), epochs)
+    del documents
     rng.shuffle(document_order)
-    sample_index = _sample_index(sizes[document_order], total, sequence_length)
+    sample_index = _sample_index(sizes, document_order, total, sequence_length)
     shuffle = np.arange(total, dtype=np.uint32 if total < 2**32 - 2 else np.int64)
     rng.shuffle(shuffle)
     return SampleOrder(document_order, sample_index, shuffle, sequence_length, epochs)
 
 
 def _sample_index(
-    ordered_sizes: NDArray[np.integer], num_samples: int, sequence_length: int
+    sizes: NDArray[np.integer],
+    document_order: NDArray[np.int32],
+    num_samples: int,
+    sequence_length: int,
 ) -> NDArray[Any]:
     """Where each sample starts: `[num_samples + 1, 2]` of (position, token in the document).
 
@@ -142,12 +179,31 @@ def _sample_index(
     after it. Empty documents end where they start, so they are never it, except in the first row,
     which upstream sets to (0, 0) without looking.
     """
-    ends = np.cumsum(ordered_sizes, dtype=np.int64)
-    starts_of_samples = np.arange(num_samples + 1, dtype=np.int64) * sequence_length
-    position = np.searchsorted(ends, starts_of_samples, side="right")
-    position[0] = 0
-    fits = len(ordered_sizes) <= np.iinfo(np.int32).max
+    sizes = np.require(sizes, requirements="A")  # gathers are slow in an index file as it lies
+    fits = len(document_order) <= np.iinfo(np.int32).max
     index = np.empty((num_samples + 1, 2), np.int32 if fits else np.int64)
-    index[:, 0] = position
-    index[:, 1] = starts_of_samples - (ends[position] - ordered_sizes[position])
+    tokens = samples = 0  # that lie, and that start, before the documents at hand
+    for first in range(0, len(document_order), _CHUNK):
+        lengths = sizes[document_order[first : first + _CHUNK]]
+        ends = np.cumsum(lengths, dtype=np.int64)
+        ends += tokens
+        starting = (ends + (sequence_length - 1)) // sequence_length  # before each end
+        document = np.repeat(np.arange(len(lengths)), np.diff(starting, prepend=samples))
+        part = slice(samples, int(starting[-1]))
+        index[part, 0] = document + first
+        starts = ends - lengths
+        index[part, 1] = np.arange(part.start, part.stop) * sequence_length - starts[document]
+        tokens, samples = int(ends[-1]), part.stop
+    index[0] = 0
     return index
+
+
+def _where(
+    values: NDArray[Any], holds: Callable[[NDArray[Any]], NDArray[np.bool_]]
+) -> NDArray[np.int64]:
+    """Indices at which something holds, a chunk at a time, for arrays as long as a dataset."""
+    found = [
+        first + np.flatnonzero(holds(values[first : first + _CHUNK]))
+        for first in range(0, len(values), _CHUNK)
+    ]
+    return np.concatenate(found) if found else np.empty(0, np.int64)

@@ -1,7 +1,6 @@
 """What a run depends on, written down beside it, and compared before anyone goes on with it."""
 
 import dataclasses
-import hashlib
 import json
 import os
 from functools import cache
@@ -13,14 +12,17 @@ import jax
 from pythia_jax import configs
 from pythia_jax.configs import ConfigError, MeshConfig, RunConfig
 from pythia_jax.data import open_dataset
+from pythia_jax.data.preshuffled import PreshuffledSamples
+from pythia_jax.files import write_whole
 
 SPLITS = ("train", "validation")
 """The splits that training reads."""
 FREE = {
     # Other rounding, but the same run: `surroundings` tells.
     "training": ("attention", "remat", "on_nonfinite"),
-    # Paths, compared by what lies there; the test split is never read.
-    "data": (*SPLITS, "test", "test_weights"),
+    # Paths, compared by what lies there; the test split is never read, and documents only tell
+    # where preshuffled rows come from.
+    "data": (*SPLITS, "test", "test_weights", "documents"),
 }
 """Keys that may change while a run goes on, in the sections that decide it."""
 
@@ -59,15 +61,20 @@ def changed_surroundings(before: dict[str, Any], now: dict[str, Any]) -> list[st
 
 
 def data_identity(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
-    """What the data of a run is, wherever it lies: the index's SHA-256, the size of the tokens."""
+    """What the data of a run is, wherever it lies: hash of its index, size of its tokens.
+
+    Preshuffled rows need no index; some of them are hashed instead.
+    """
 
     @cache  # the splits may be of one dataset, and an index has gigabytes
     def identity(prefix: str) -> dict[str, Any]:
+        if config.data.order == "preshuffled":
+            rows = PreshuffledSamples(prefix, config.data.sequence_length, vocab_size=vocab_size)
+            return {"rows": rows.content_hash(), "bin_bytes": rows.tokens.size}
         dataset = open_dataset(prefix)
-        with dataset.index_path.open("rb") as index:
-            digest = hashlib.file_digest(index, "sha256").hexdigest()
-        return {"idx_sha256": digest, "bin_bytes": dataset.tokens_path.stat().st_size}
+        return {"index": dataset.content_hash(), "bin_bytes": dataset.data.size}
 
+    vocab_size = config.model.vocab_size if config.model is not None else None
     return {split: [identity(path) for path in getattr(config.data, split)] for split in SPLITS}
 
 
@@ -88,8 +95,8 @@ def enter_run(config: RunConfig, folder: Path) -> None:
                 f"{folder} holds a run of another tokenizer than {config.tokenizer} (config key "
                 "tokenizer). Give the old one, or choose another checkpoint.directory"
             )
-        _write(saved_tokenizer, tokenizer)
-    _write(saved_data, json.dumps(identity, indent=1).encode())
+        write_whole(saved_tokenizer, tokenizer)
+    write_whole(saved_data, json.dumps(identity, indent=1).encode())
     # Last: where it is, the others are.
     configs.save(config, saved_config)
 
@@ -121,6 +128,8 @@ def check_same_run(saved: RunConfig, wanted: RunConfig, folder: Path) -> None:
         before, after = getattr(saved, section), getattr(wanted, section)
         for key in (field.name for field in dataclasses.fields(after)):
             was, now = getattr(before, key), getattr(after, key)
+            if key == "order":
+                was, now = was or "neox", now or "neox"  # what it is where it is left open
             if key not in FREE.get(section, ()) and was != now:
                 differing.append(f"{section}.{key} was {was!r}, is {now!r}")
     if differing:
@@ -169,12 +178,3 @@ def _damaged(path: Path, error: Exception) -> ConfigError:
         f"{path} is damaged, so nothing tells which run this folder holds ({error}). Restore it "
         "from a copy, or choose another checkpoint.directory"
     )
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file at once or not at all; one that is right already is left alone."""
-    if path.is_file() and path.read_bytes() == content:
-        return
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)

@@ -1,10 +1,9 @@
 """Training: from a config to a run folder, and on from wherever an earlier attempt got to."""
 
-import fcntl
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,8 @@ import jax
 
 from pythia_jax import data
 from pythia_jax.configs import ConfigError, RunConfig
+from pythia_jax.data.verify import check_ids
+from pythia_jax.files import locked
 from pythia_jax.model.loss import loss
 from pythia_jax.model.parameters import Params
 from pythia_jax.training.checkpoints import Checkpoints
@@ -55,7 +56,8 @@ def train(
     last = config.training.steps
     stop = last if stop_at is None else min(stop_at, last)
     batches = data.batches(config, "train")
-    validation = data.batches(config, "validation") if config.data.validation else None
+    validation = data.batches(config, "validation") if config.data.has("validation") else None
+    check_data(config)
     schedule = learning_rate(config.optimizer, config.training.steps)
 
     with run_folder(config), Checkpoints(config) as checkpoints:
@@ -114,18 +116,24 @@ def jitted_loss(params: Params, tokens: jax.Array, *, config: RunConfig) -> jax.
     return loss(params, tokens, config.model, runtime=config.runtime)
 
 
+def check_data(config: RunConfig) -> None:
+    """Refuse data that holds ids outside the vocabulary, before anything is computed on it.
+
+    Raises ValueError; large and remote data are checked batch by batch instead.
+    """
+    assert config.model is not None
+    paths = dict.fromkeys([*config.data.train, *config.data.validation])
+    check_ids(paths, config.model.vocab_size)
+
+
 @contextmanager
 def run_folder(config: RunConfig) -> Iterator[None]:
-    """Make or take over the run folder, and keep every other process out of it.
-
-    The lock is the operating system's, on an open file, and goes with the process, kill -9
-    included.
-    """
+    """Make or take over the run folder, and keep every other process out of it."""
     folder = Path(config.checkpoint.directory)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(folder / ".lock", wait=False))
         except BlockingIOError:
             raise RuntimeError(f"{folder}: another process is training in this folder") from None
         enter_run(config, folder)

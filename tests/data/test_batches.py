@@ -1,23 +1,32 @@
 """Batches by step: GPT-NeoX's bytes, any rows from any process, and clear refusals."""
 
 import hashlib
+import json
 import multiprocessing
+import operator
 import pickle
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import reduce
+from pathlib import Path
 
+import brute_force
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pythia_jax.configs import DataConfig, EvaluationConfig, ModelConfig, RunConfig, TrainingConfig
 from pythia_jax.data import IndexedDatasetWriter, batches
-from pythia_jax.data.batches import NeoxSamples
+from pythia_jax.data.batches import samples
+from pythia_jax.data.samples import NeoxSamples
 
 # Made by GPT-NeoX v1.0's own code: SHA-256 of a step's rows as little-endian int32.
 # Eight rows a step, 40 steps, evaluated every 10 on 2 batches.
 GOLDEN = {
     "single_epoch": {
-        "corpus": {"docs_seed": 7, "n_docs": 300, "lo": 3, "hi": 200},
+        "corpora": [{"docs_seed": 7, "n_docs": 300, "lo": 3, "hi": 200}],
         "train_len": 479,
         "first_tokens": [35932, 42183, 25622, 11763, 23158, 10168, 16290, 46109],
         "train": {
@@ -32,7 +41,7 @@ GOLDEN = {
         },
     },
     "multi_epoch": {
-        "corpus": {"docs_seed": 8, "n_docs": 40, "lo": 3, "hi": 200},
+        "corpora": [{"docs_seed": 8, "n_docs": 40, "lo": 3, "hi": 200}],
         "train_len": 344,
         "first_tokens": [22914, 3734, 17994, 37590, 27483, 44713, 16819, 16652],
         "train": {
@@ -47,7 +56,7 @@ GOLDEN = {
     },
     "seed_7": {
         "seed": 7,
-        "corpus": {"docs_seed": 7, "n_docs": 300, "lo": 3, "hi": 200},
+        "corpora": [{"docs_seed": 7, "n_docs": 300, "lo": 3, "hi": 200}],
         "train_len": 479,
         "first_tokens": [29204, 7431, 30915, 39792, 22532, 21237, 33271, 16591],
         "train": {
@@ -57,14 +66,16 @@ GOLDEN = {
         "validation": {0: "d39fafec7ef5ad60e972ea543ce543ab4fdefdd7fae5485a937dbb5614cbb449"},
     },
     "int32_long_docs": {
-        "corpus": {
-            "docs_seed": 7,
-            "n_docs": 12,
-            "lo": 1500,
-            "hi": 9000,
-            "vocab": 70000,
-            "dtype": "int32",
-        },
+        "corpora": [
+            {
+                "docs_seed": 7,
+                "n_docs": 12,
+                "lo": 1500,
+                "hi": 9000,
+                "vocab": 70000,
+                "dtype": "int32",
+            }
+        ],
         "train_len": 1095,
         "first_tokens": [62232, 13043, 16881, 46965, 7414, 38021, 58559, 32945],
         "train": {
@@ -75,7 +86,7 @@ GOLDEN = {
     },
     "exact_2049": {
         "sequence_length": 128,
-        "corpus": {"docs_seed": 7, "n_docs": 400, "lo": 129, "hi": 129},
+        "corpora": [{"docs_seed": 7, "n_docs": 400, "lo": 129, "hi": 129}],
         "train_len": 402,
         "first_tokens": [2771, 21633, 49413, 21055, 40093, 12489, 34044, 42088],
         "train": {
@@ -84,8 +95,42 @@ GOLDEN = {
             39: "9a28a132503a98f0a33c2080200176aaf3d30732e81d4f99f2910dd1878c94e0",
         },
         "validation": {0: "f6419ee9016e094fc7342835fa3d2e9a9f6935d9d69453c5a6a608050c23d2fd"},
+        "data": {"order": "neox"},  # data like this would be refused otherwise
+    },
+    "blend": {
+        "corpora": [
+            {"docs_seed": 1, "n_docs": 300, "lo": 3, "hi": 200},
+            {"docs_seed": 2, "n_docs": 120, "lo": 3, "hi": 200},
+        ],
+        "data": {"train_weights": (0.7, 0.3), "validation_weights": (0.7, 0.3)},
+        "train_len": 652,
+        "first_tokens": [29382, 8978, 23071, 47226, 9506, 6970, 142, 3459],
+        "train": {
+            0: "fed25610e88ace0dfb089c16e6f3b9fb45fa26ce9ae10d648f6863271f05dd58",
+            20: "1f4d03828355c1919d93ec0c400156b843b90084a9f4e2b50d4ab00bcbee5b37",
+            39: "469260e04a4b17a007104ac3fc8af1a46feb60f237fd2d6a2e365a646cde1474",
+        },
+        "validation": {1: "cfca6c4e368021f979cada1689b65ec6dd0a873bf00e945c5c619619d32f3079"},
+    },
+    "split": {
+        "corpora": [{"docs_seed": 11, "n_docs": 1000, "lo": 3, "hi": 200}],
+        "data": {"split": "969,30,1", "validation": ()},
+        "train_len": 1588,
+        "first_tokens": [31083, 5846, 2024, 48280, 2765, 46190, 45616, 9470],
+        "train": {
+            0: "badd0e72b80137977a3e139f90b6e2c4b6ccc9d3e51546dae209d7670df35626",
+            39: "92b318bb1b5d12a4c01fdc2f3d5d5160991ab3e6f49bfc802a7d99fe6b907041",
+        },
+        "validation": {
+            0: "f1a7c6ce6ba3d7b470832323be3e9cd1028b9beda3117a98b440f82ed9633e22",
+            4: "622b737d4739703aafad12b1284c83d72794565be17eb3ada26920b1154f3f99",
+        },
     },
 }
+
+
+def sha256(rows):
+    return hashlib.sha256(rows.astype("<i4").tobytes()).hexdigest()
 
 
 def write_corpus(prefix, docs_seed, n_docs, lo, hi, vocab=50254, dtype="uint16", empty_every=0):
@@ -113,21 +158,134 @@ def config(tmp_path_factory):
     return run_config(write_corpus(prefix, docs_seed=7, n_docs=300, lo=3, hi=200))
 
 
+def golden_config(golden, folder):
+    paths = [write_corpus(folder / f"c{i}", **corpus) for i, corpus in enumerate(golden["corpora"])]
+    settings = {"train": paths, "validation": paths, **golden.get("data", {})}
+    return run_config(
+        paths[0], golden.get("sequence_length", 64), golden.get("seed", 1234), **settings
+    )
+
+
 @pytest.mark.parametrize("case", GOLDEN)
 def test_batches_equal_those_of_neox(tmp_path, case):
     golden = GOLDEN[case]
-    prefix = write_corpus(tmp_path / "corpus", **golden["corpus"])
-    config = run_config(prefix, golden.get("sequence_length", 64), golden.get("seed", 1234))
+    config = golden_config(golden, tmp_path)
     for split in ("train", "validation"):
         served = batches(config, split)
-        digests = {
-            step: hashlib.sha256(served[step].astype("<i4").tobytes()).hexdigest()
-            for step in golden[split]
-        }
-        assert digests == golden[split]
+        assert {step: sha256(served[step]) for step in golden[split]} == golden[split]
     train = batches(config)
     assert len(train.samples) == golden["train_len"]
     assert list(train[0][0, :8]) == golden["first_tokens"]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("case", ["single_epoch", "blend", "split"])
+def test_processes_put_together_give_the_batch_of_neox(tmp_path, case, processes):
+    """Each reads rows that are not contiguous, from a config of its own."""
+    golden = GOLDEN[case]
+    config = golden_config(golden, tmp_path)
+    for step, digest in golden["train"].items():
+        parts = np.empty((8, 65), np.int32)
+        for process in range(processes):
+            parts[process::processes] = rows_of_process(batches(config), step, process, processes)
+        assert sha256(parts) == digest
+
+
+SHARED = Path(__file__).parents[3] / "shared" / "golden" / "data_order.json"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the folder beside the repository")
+def test_the_goldens_written_out_here_are_those_of_the_project():
+    for name, golden in json.loads(SHARED.read_text()).items():
+        for ours, theirs in (("train", "train"), ("validation", "valid")):
+            found = {str(step): digest for step, digest in GOLDEN[name][ours].items()}
+            assert found == golden["expect"][theirs]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    weights=st.lists(st.sampled_from([0.1, 0.3, 1.0, 2.0, 7.0, 1e-3]), min_size=1, max_size=4),
+    dtypes=st.lists(st.sampled_from(["u1", "i1", "i2", "u2", "i4", "i8"]), min_size=4, max_size=4),
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 5)),
+    documents=st.integers(1, 30),
+    given_weights=st.booleans(),
+)
+def test_any_blend_equals_plain_loops(seed, weights, dtypes, shape, documents, given_weights):
+    length, steps, batch = shape
+    corpora = [
+        [*brute_force.corpus(seed + i, documents + i, 9), [1] * (2 * length + 2)]
+        for i in range(len(weights))
+    ]
+    weights = weights if given_weights else [1.0] * len(weights)
+    shares = [weight / reduce(operator.add, weights) for weight in weights]
+    members = [
+        brute_force.one_path(
+            corpus, brute_force.wanted(steps, batch, share), length, seed, source=i
+        )
+        for i, (corpus, share) in enumerate(zip(corpora, shares, strict=True))
+    ]
+    expected = brute_force.rows_of(brute_force.blended(members, shares), steps, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [
+            brute_force.write(Path(folder) / str(i), corpus, dtype)
+            for i, (corpus, dtype) in enumerate(zip(corpora, dtypes, strict=False))
+        ]
+        config = brute_force.config(
+            length,
+            steps,
+            batch,
+            seed,
+            train=tuple(paths),
+            train_weights=tuple(weights) if given_weights else None,
+            order="neox",
+        )
+        train = batches(config)
+        assert len(train) == steps
+        for step in range(steps):
+            assert train[step].tolist() == [[seen.token for seen in row] for row in expected[step]]
+            pieces = zip(*map(list, train.pieces(step)), strict=True)
+            assert [brute_force.Run(*piece) for piece in pieces] == brute_force.runs(expected[step])
+        seen = {
+            (step, row, token.source, token.document)
+            for step, rows in enumerate(expected)
+            for row, sample in enumerate(rows)
+            for token in sample
+        }
+        for source, corpus in enumerate(corpora):
+            for document in range(len(corpus)):
+                places = sorted((s, r) for s, r, *which in seen if which == [source, document])
+                found = train.steps_of_document(document, source)
+                assert list(map(tuple, found.tolist())) == places
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shares=st.tuples(*[st.integers(1, 9)] * 3),
+    between=st.sampled_from([",", "/", ", "]),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 12), st.integers(1, 5)),
+)
+def test_any_split_equals_plain_loops(seed, shares, between, shape):
+    length, steps, batch = shape
+    corpus = [[*document, 1, 2, 3, 4] for document in brute_force.corpus(seed, 40, 30)]
+    split = between.join(map(str, shares))
+    with tempfile.TemporaryDirectory() as folder:
+        path = brute_force.write(Path(folder) / "corpus", corpus)
+        config = brute_force.config(length, steps, batch, seed, train=(path,), split=split)
+        bounds = [0, *np.cumsum([round(share / sum(shares) * 40) for share in shares])]
+        bounds = [0, *(bound - (bounds[-1] - 40) for bound in bounds[1:])]
+        for number, name in enumerate(("train", "validation", "test")):
+            served = batches(config, name)
+            assert served.name == ("train", "valid", "test")[number]
+            wanted = len(served) * batch
+            chosen = range(bounds[number], bounds[number + 1])
+            samples = brute_force.served(
+                brute_force.one_path(corpus, wanted, length, seed, chosen=chosen)
+            )
+            rows = brute_force.rows_of(samples, len(served), batch)
+            found = [served[step].tolist() for step in range(len(served))]
+            assert found == [[[seen.token for seen in row] for row in step] for step in rows]
 
 
 def test_a_batch_is_int32_rows_of_sequence_length_and_one(config):
@@ -185,15 +343,6 @@ def rows_of_process(served, step, process, processes):
     return served.read(step, slice(process, None, processes))
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_put_together_give_the_batch(config, processes):
-    train = batches(config)
-    parts = np.empty_like(train[5])
-    for process in range(processes):
-        parts[process::processes] = rows_of_process(batches(config), 5, process, processes)
-    assert np.array_equal(parts, train[5])
-
-
 def test_a_fresh_process_reads_the_same_from_a_pickle(config):
     train = batches(config)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -227,14 +376,65 @@ def test_rows_out_of_range_are_an_index_error(config, rows):
     [
         ({}, "test", "data.test names no dataset"),
         ({}, "valid", "no split 'valid'; the splits are train, validation, test"),
-        ({"train": ("a", "b")}, "train", "data.train: 2 paths given; blending is not supported"),
-        ({"split": "969,30,1"}, "train", "data.split: '969,30,1' is not supported yet"),
-        ({"order": "preshuffled"}, "train", "data.order: 'preshuffled' is not supported yet"),
+        ({"split": "1,0,0", "validation": ()}, "test", "'1,0,0' leaves no documents for test of"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_key(config, data, split, message):
     with pytest.raises(ValueError, match=message):
         batches(replace(config, data=replace(config.data, **data)), split)
+
+
+def test_data_that_looks_shuffled_already_is_refused_unless_the_order_is_given(tmp_path):
+    prefix = write_corpus(tmp_path / "rows", docs_seed=1, n_docs=400, lo=65, hi=65)
+    config = run_config(prefix)
+    with pytest.raises(
+        ValueError, match=r"rows \(data.train\): every document has 65 tokens"
+    ) as info:
+        batches(config)
+    assert "'preshuffled' to read the rows as they lie" in str(info.value)
+    assert "'neox' to shuffle them" in str(info.value)
+    assert len(batches(replace(config, data=replace(config.data, order="neox")))) == 40
+    assert len(batches(replace(config, data=replace(config.data, sequence_length=63)))) == 40
+
+
+def test_one_other_size_is_enough_to_be_no_shuffled_data(tmp_path):
+    with IndexedDatasetWriter(tmp_path / "data", "uint16") as writer:
+        for size in (*[65] * 400, 64):
+            writer.add([1] * size)
+    assert len(batches(run_config(str(tmp_path / "data")))) == 40
+
+
+def test_a_missing_index_tells_of_preshuffled_data(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"set data\.order to preshuffled"):
+        batches(replace(config, data=replace(config.data, train=(str(tmp_path / "none"),))))
+
+
+def test_preshuffled_rows_are_served_as_they_lie(tmp_path):
+    rows = np.random.RandomState(0).randint(1, 999, (330, 65)).astype("<u2")
+    rows.tofile(tmp_path / "rows.bin")
+    config = run_config(str(tmp_path / "rows"), order="preshuffled", validation=())
+    train = batches(config)
+    assert train.name == "train_0"
+    assert np.array_equal(np.concatenate(list(train)), rows[:320])
+    with pytest.raises(ValueError, match="330 preshuffled rows, enough for 41 steps"):
+        batches(replace(config, training=replace(config.training, steps=42)))
+
+
+def test_samples_are_served_one_by_one(config):
+    served = samples(config)
+    assert len(served) == 479
+    assert np.array_equal(served[8 * 17 + 3], batches(config)[17][3])
+    assert np.array_equal(served[-1], served[478])
+    assert np.array_equal(served.read(np.array([479, 480])), served.read(np.array([0, 1])))
+    for index in (479, -480):
+        with pytest.raises(IndexError, match="there are 479"):
+            served[index]
+
+
+@pytest.mark.parametrize(("document", "source"), [(300, 0), (-1, 0), (0, 1)])
+def test_a_document_or_path_that_is_not_there_is_an_index_error(config, document, source):
+    with pytest.raises(IndexError, match="asked for, but there are"):
+        batches(config).steps_of_document(document, source)
 
 
 def test_too_little_data_names_the_path_and_the_key(config):

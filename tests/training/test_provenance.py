@@ -24,6 +24,20 @@ def test_another_config_is_refused_and_the_run_is_left_alone(make_config: Make) 
     assert train(make_config(), stop_at=3, show_progress=False).resumed_from == 2
 
 
+def test_what_does_not_change_the_run_may_change(make_config: Make) -> None:
+    with run_folder(make_config()):
+        pass
+    with run_folder(make_config(data={"order": "neox", "test_weights": None})):
+        pass
+
+
+def test_ids_outside_the_vocabulary_are_refused_before_the_first_step(make_config: Make) -> None:
+    config = make_config(model={"vocab_size": 60})
+    with pytest.raises(ValueError, match=r"corpus\.bin: .*token ids are not 0 to 59"):
+        train(config, show_progress=False)
+    assert not Path(config.checkpoint.directory).exists()
+
+
 def test_another_validation_order_is_refused(make_config: Make) -> None:
     with run_folder(make_config()):
         pass
