@@ -193,6 +193,9 @@ class DataConfig(Section, where="data"):
         )
         for name in ("train", "validation", "test"):
             paths, weights = getattr(self, name), getattr(self, f"{name}_weights")
+            require(
+                len(paths) <= 254, f"data.{name}", len(paths), "a blend has at most 254 datasets"
+            )
             if weights is None:
                 continue
             require(
@@ -297,12 +300,8 @@ class OptimizerConfig(Section, where="optimizer"):
             "each must be from 0 to less than 1",
         )
         for name in ("eps", "gradient_clip"):
-            require(
-                getattr(self, name) > 0,
-                f"optimizer.{name}",
-                getattr(self, name),
-                "it must be > 0",
-            )
+            value = getattr(self, name)
+            require(value > 0, f"optimizer.{name}", value, "it must be > 0")
         require(
             self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "it must be >= 0"
         )

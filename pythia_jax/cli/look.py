@@ -201,6 +201,8 @@ def _lines(out: Path | None) -> Iterator[Callable[[dict[str, int]], None]]:
     if out is None:
         yield lambda _: None
         return
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent} to write it in")
     partial = out.with_name(f"{out.name}.partial")
     with partial.open("w", encoding="utf-8", buffering=1) as file:
         yield lambda record: print(json.dumps(record), file=file)

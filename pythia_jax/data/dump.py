@@ -11,8 +11,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pythia_jax.data.batches import Batches
+from pythia_jax.files import written_whole
 
 FORMATS = ("npy", "jsonl")
 
@@ -73,7 +73,7 @@ def dump(
         groups = (range(step, step + 1) for step in groups[0])
     for steps in groups:
         path = out / f"step-{steps.start:06d}.{format}" if per_step else out
-        with _written_whole(path) as file:
+        with written_whole(path) as file:
             for step in steps:
                 rows = _little_endian(batches[step])
                 digest.update(rows.data)
@@ -119,7 +119,7 @@ def dump_map(
     _check_steps(batches, start, stop)
     name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', function)}"
     digest = hashlib.sha256()
-    with _written_whole(Path(out)) as file:
+    with written_whole(Path(out)) as file:
         for step in range(start, stop):
             rows = _little_endian(batches[step])
             digest.update(rows.data)
@@ -188,22 +188,6 @@ def _check_steps(batches: Batches, start: int, stop: int) -> None:
 
 def _little_endian(rows: NDArray[np.int32]) -> NDArray[np.int32]:
     return np.ascontiguousarray(rows, dtype="<i4")
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which has its name when the block ends and is gone if it fails."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder; name the file to write")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent} to write it in")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_npy_header(file: IO[bytes], count: int, rows: NDArray[np.int32]) -> None:
