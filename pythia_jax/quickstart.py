@@ -53,7 +53,7 @@ class Summary:
         return f"""
 Done in {self.seconds:.0f} s.
 
-  held-out loss   {self.held_out_loss:.3f} nats per token
+  held-out loss   {self.held_out_loss:.3f} nats per token, on all of it (loss.png: on some batches)
   bigram model    {self.bigram_loss:.3f} on the same tokens: ours is {verdict} it
   resumed         from checkpoint {self.resumed_from}, as if training had never stopped
   generated
@@ -65,7 +65,7 @@ Done in {self.seconds:.0f} s.
   {hf}                  the model, for transformers' AutoModelForCausalLM.from_pretrained
   {self.out}/data                tokenizer.json, and the tokens as .bin and .idx
 
-Three commands to try next:
+Three commands, the last of some ten minutes, to try next:
   {program} generate {shlex.quote(str(hf))} "def main(" --max-new-tokens 40 --temperature 0.7
   {program} data batches {config} --start 0 --stop 1 --out batch.npy
   {program} train {config} --training.steps 2000 --checkpoint.directory {longer}
@@ -88,10 +88,11 @@ def quickstart(
     """
     began = time.perf_counter()
     out = Path(out)
-    _clear(out)
+    _refuse_foreign(out)
 
     say("1/6  reading text")
     texts = _read(text)
+    _clear(out)  # not before there is something to put in its place
     say(f"     {len(texts):,} documents, {sum(map(len, texts)) / 1e6:.1f} M characters")
 
     say("2/6  training a tokenizer and writing tokens")
@@ -134,15 +135,19 @@ def quickstart(
     return summary
 
 
-def _clear(out: Path) -> None:
-    """Make `out`, or, if an earlier quickstart made it, delete what that one left in it."""
+def _refuse_foreign(out: Path) -> None:
     marker = out / MARKER
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not marker.is_file())):
         raise FileExistsError(
             f"{out} holds something that no quickstart made; choose another folder with --out"
         )
+
+
+def _clear(out: Path) -> None:
+    """Make `out`, or, if an earlier quickstart made it, delete what that one left in it."""
+    _refuse_foreign(out)
     out.mkdir(parents=True, exist_ok=True)
-    marker.write_text(
+    (out / MARKER).write_text(
         "Made by `pythia-jax quickstart`. The next one with the same --out deletes data/, run/, "
         f"hf/ and {SUMMARY} here.\n",
         encoding="utf-8",

@@ -182,3 +182,16 @@ def test_order_tells_of_the_split_asked_for(inputs: Path, tokenizer: Path, tmp_p
     assert "no documents for test" in refused(
         "data", "order", tmp_path / "made", *flags, *split[:-1], "test"
     )
+
+
+def test_a_dataset_is_replaced_only_if_asked(tokenizer: Path, tmp_path: Path) -> None:
+    text, made = tmp_path / "text.txt", tmp_path / "made"
+    command = ("data", "tokenize", text, "--tokenizer", tokenizer, "--out", made)
+    text.write_text("one two three")
+    assert run(*command).exit_code == 0
+    before = made.with_suffix(".bin").read_bytes()
+    text.write_text("three two one two")
+    assert "made.idx: there already; give --overwrite" in refused(*command)
+    assert made.with_suffix(".bin").read_bytes() == before
+    assert run(*command, "--overwrite").exit_code == 0
+    assert made.with_suffix(".bin").read_bytes() != before

@@ -122,6 +122,17 @@ def test_a_folder_that_no_quickstart_made_keeps_what_has_the_names_of_ours(
     assert not (tmp_path / quickstart.MARKER).exists()
 
 
+def test_what_an_earlier_one_made_stays_where_there_is_nothing_to_put_in_its_place(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "q"
+    quickstart._clear(out)
+    (out / quickstart.SUMMARY).write_text("made before")
+    with pytest.raises(FileNotFoundError, match="nonesuch"):
+        quickstart.quickstart(out, [tmp_path / "nonesuch"], say=lambda line: None)
+    assert (out / quickstart.SUMMARY).read_text() == "made before"
+
+
 def test_only_what_a_quickstart_makes_is_cleared_and_links_are_not_followed(
     tmp_path: Path,
 ) -> None:

@@ -41,6 +41,7 @@ for command in (
 @click.option("--text-key", default="text", show_default=True, help="Key of the text in .jsonl.")
 @click.option("--pattern", default="*", show_default=True, help="Files taken from folders.")
 @click.option("--workers", type=int, help="Cores that encode.  [default: all]")
+@click.option("--overwrite", is_flag=True, help="Replace a dataset that is there already.")
 def tokenize(
     inputs: tuple[Path, ...],
     out: Path,
@@ -49,6 +50,7 @@ def tokenize(
     text_key: str,
     pattern: str,
     workers: int | None,
+    overwrite: bool,
 ) -> None:
     """Tokenize text files, folders and .jsonl INPUTS; one document a file or a line.
 
@@ -57,7 +59,11 @@ def tokenize(
     from tqdm import tqdm
 
     from pythia_jax.data import load_tokenizer, read_texts, tokenize_texts
+    from pythia_jax.data.indexed import index_location
 
+    there = index_location(out)
+    if Path(there).exists() and not overwrite:
+        raise click.ClickException(f"{there}: there already; give --overwrite to replace it")
     encoder = load_tokenizer(tokenizer)  # before the bar: a hub may take its time
     texts = read_texts(inputs, text_key=text_key, pattern=pattern)
     with tqdm(total=texts.size, unit="B", unit_scale=True, desc="tokenizing") as bar:

@@ -31,8 +31,9 @@ def verify(
         click.echo(line)
     if wrong:
         raise click.exceptions.Exit(1)
-    looked_at = "structure and token ids" if hashes is None else "structure, token ids and hashes"
-    click.echo(f"{', '.join(prefixes)}: {looked_at} are right")
+    looked_at = ["structure", "token ids" if vocab_size else "token ids (of any vocabulary)"]
+    looked_at += [] if hashes is None else ["hashes"]
+    click.echo(f"{', '.join(prefixes)}: right: {', '.join(looked_at)}")
 
 
 @click.command()
