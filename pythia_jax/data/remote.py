@@ -265,7 +265,7 @@ def _result(location: str, future: Any, length: int) -> bytes:
     except TimeoutError:
         future.cancel()
         raise PassingFault(f"no answer in {links.TIMEOUT_S:g} s") from None
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:  # by the kind of fault
         detail = str(error)
         if detail.startswith("OUT_OF_RANGE"):
             raise _BeyondTheEnd(
