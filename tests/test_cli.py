@@ -7,26 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command_line import refused, run
 from reference import TINY, random_params
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import pythia_jax as pj
 from pythia_jax import configs, data
 from pythia_jax.bridge.model import Model
-from pythia_jax.cli import main
 from pythia_jax.data.dump import dump
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def refused(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code in (1, 2)
-    assert "Traceback" not in result.output
-    return result.output
 
 
 @pytest.fixture

@@ -9,24 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from click.testing import CliRunner, Result
+from command_line import refused, run
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pythia_jax import configs, data
-from pythia_jax.cli import main
 
 TEXTS = [f"the quick brown fox jumps over dog {'abcdefgh'[i]}" for i in range(8)]
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def refused(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code in (1, 2)
-    assert "Traceback" not in result.output
-    return result.output
 
 
 @pytest.fixture

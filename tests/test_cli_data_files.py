@@ -1,18 +1,16 @@
 """`pythia-jax data verify`, `shard` and `unshard` as their users type them."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
-from pythia_jax.cli import main
 from pythia_jax.data import IndexedDatasetWriter
 
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["data", *(str(a) for a in arguments)])
+run = partial(command_line.run, "data")
 
 
 @pytest.fixture

@@ -1,37 +1,30 @@
 """`data view`, `data find` and `data document` as their users type them."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import command_line
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pythia_jax import configs, data
-from pythia_jax.cli import main
 
 TEXTS = [f"document {i}: " + "to be or not to be, " * (i % 5) + "élan." for i in range(40)]
 SMALL = ("--data.sequence-length", 40, "--training.steps", 12, "--training.batch-size", 6)
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["data", *map(str, arguments)])
+run = partial(command_line.run, "data")
+refused = partial(command_line.refused, "data")
 
 
 def output(*arguments: object) -> str:
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
-
-
-def refused(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code in (1, 2)
-    assert "Traceback" not in result.output
-    return result.output
 
 
 @pytest.fixture
