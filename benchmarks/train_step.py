@@ -1,12 +1,14 @@
-"""A full training step on CPU: ours beside transformers' GPTNeoX on torch.
+"""A full training step: ours beside transformers' GPTNeoX on torch, on a CPU or on a GPU.
 
     python benchmarks/train_step.py --shapes 70m:8x512 --repeats 10
+    python benchmarks/train_step.py --platform gpu --sizes 160m,410m,1.4b
 
-float32; forward, backward, clip to norm 1, AdamW. Every implementation has a process of its own,
-all pinned to the same cores, and they take turns, one step each, so that whatever else the machine
-does meets them alike. Torch runs twice: with glibc's allocator as it comes, which maps and unmaps
-memory in every step, and told to keep it. Ratios compare with the better of the two, figure by
-figure. Peak memory is that of the whole process, imports included.
+Forward, backward, clip to norm 1, AdamW. With --platform or --sizes: in bfloat16, with the batch
+that fills the device; train_step_gpu.py says how. Else on a CPU, in float32: every implementation
+has a process of its own, all pinned to the same cores, and they take turns, one step each, so that
+whatever else the machine does meets them alike. Torch runs twice: with glibc's allocator as it
+comes, which maps and unmaps memory in every step, and told to keep it. Ratios compare with the
+better of the two, figure by figure. Peak memory is that of the whole process, imports included.
 """
 
 import datetime
@@ -19,8 +21,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -36,34 +40,53 @@ SHAPES = ("14m:8x512", "14m:2x2048", "70m:8x512", "70m:2x2048")
 COLUMNS = ("tokens/s", "wall s", "CPU s", "peak MiB")
 WARM_UP = 2
 
-Step = Callable[[], float]
+
+@dataclass(frozen=True)
+class Step:
+    """take: begins a step and returns its loss, which `float` waits for. wait: for the whole."""
+
+    take: Callable[[], Any]
+    wait: Callable[[], object]
 
 
-def ours(size: str, batch: int, seq: int) -> Step:
+def ours(size: str, batch: int, seq: int, precision: str = "float32", remat: str = "dots") -> Step:
     import jax
     import numpy as np
 
-    from pythia_jax.configs import DataConfig, ModelConfig, RunConfig, TrainingConfig
+    from pythia_jax import configs
     from pythia_jax.training.step import init_state, jitted_train_step
 
-    model = ModelConfig.from_size(size)
-    # Remat `dots` keeps what matrix products gave. On CPU the rest is cheaper computed again than
-    # kept: memory that is new in every step costs a page fault each 4 KiB (docs/benchmarks.md).
-    training = TrainingConfig(batch_size=batch, precision="float32", remat="dots")
-    config = RunConfig(model=model, data=DataConfig(sequence_length=seq), training=training)
+    # On a CPU, remat `dots` keeps what matrix products gave: the rest is cheaper computed again
+    # than kept, for memory new in every step costs a page fault each 4 KiB (docs/benchmarks.md).
+    config = configs.from_dict(
+        {
+            "model": {"size": size},
+            "data": {"sequence_length": seq},
+            "training": {"batch_size": batch, "precision": precision, "remat": remat},
+        }
+    )
+    assert config.model is not None
+    vocab_size = config.model.vocab_size
     state = jax.jit(init_state, static_argnums=0)(config)
     rng = np.random.default_rng(0)
 
-    def step() -> float:
+    def take() -> jax.Array:
         nonlocal state
-        tokens = rng.integers(0, model.vocab_size, (batch, seq + 1)).astype(np.int32)
+        tokens = rng.integers(0, vocab_size, (batch, seq + 1)).astype(np.int32)
         state, metrics = jitted_train_step(state, jax.numpy.asarray(tokens), config=config)
-        return float(jax.block_until_ready((state, metrics))[1]["loss"])
+        return metrics["loss"]
 
-    return step
+    return Step(take, lambda: jax.block_until_ready(state))
 
 
-def theirs(size: str, batch: int, seq: int) -> Step:
+def theirs(
+    size: str,
+    batch: int,
+    seq: int,
+    precision: str = "float32",
+    device: str = "cpu",
+    compiled: bool = False,
+) -> Step:
     import numpy as np
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -82,7 +105,7 @@ def theirs(size: str, batch: int, seq: int) -> Step:
         use_cache=False,
         attn_implementation="sdpa",  # type: ignore[call-arg]  # taken by the base class
     )
-    model = GPTNeoXForCausalLM(config).train()
+    model = GPTNeoXForCausalLM(config).to(device).train()  # type: ignore[arg-type]
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -93,18 +116,22 @@ def theirs(size: str, batch: int, seq: int) -> Step:
         fused=True,
     )
     rng = np.random.default_rng(0)
+    run: Any = torch.compile(model) if compiled else model
+    # Weights stay float32 and products are taken in `precision`, as ours are.
+    dtype, cast = getattr(torch, precision), precision != "float32"
 
-    def step() -> float:
-        tokens = torch.from_numpy(rng.integers(0, entry.vocab_size, (batch, seq)))
+    def take() -> torch.Tensor:
+        tokens = torch.from_numpy(rng.integers(0, entry.vocab_size, (batch, seq))).to(device)
         # transformers shifts labels itself: one position a row fewer than ours, 0.2 % at most.
-        loss = model(tokens, labels=tokens).loss
+        with torch.autocast(device, dtype=dtype, enabled=cast):
+            loss = run(tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss.detach()
 
-    return step
+    return Step(take, torch.cuda.synchronize if device == "cuda" else lambda: None)
 
 
 def work(side: str, shape: str) -> None:
@@ -113,7 +140,8 @@ def work(side: str, shape: str) -> None:
     step = (ours if side == "ours" else theirs)(size, batch, seq)
     for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
-        loss = step()
+        loss = float(step.take())
+        step.wait()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak, "loss": loss}), flush=True)
@@ -214,30 +242,59 @@ def machine(cores: int) -> str:
 @click.option("--shapes", default=",".join(SHAPES), show_default=True, help="size:BATCHxSEQ, …")
 @click.option("--repeats", default=5, show_default=True, help="timed steps of each")
 @click.option("--cores", default=2, show_default=True, help="CPU cores to pin all of them to")
+@click.option("--platform", type=click.Choice(["gpu", "cpu"]), help="fill this device's memory")
+@click.option("--sizes", help="of the models to fill it with  [default: 160m,410m,1.4b]")
+@click.option("--batch", type=int, help="rows a step, in place of as many as fit")
+@click.option("--seq", default=2048, show_default=True, help="tokens a row, beside --batch")
+@click.option("--dtype", default="bfloat16", show_default=True, help="of products of matrices")
+@click.option("--rounds", default=3, show_default=True, help="processes of each, in turn")
 @click.option("--out", type=click.Path(path_type=Path), help="also write .json, or .md as printed")
 @click.option("--worker", hidden=True)
-def main(shapes: str, repeats: int, cores: int, out: Path | None, worker: str | None) -> None:
+def main(
+    shapes: str,
+    repeats: int,
+    cores: int,
+    platform: str | None,
+    sizes: str | None,
+    batch: int | None,
+    seq: int,
+    dtype: str,
+    rounds: int,
+    out: Path | None,
+    worker: str | None,
+) -> None:
     if worker:
         work(worker, shapes)
         return
-    for shape in shapes.split(","):
+    if platform or sizes:
+        import train_step_gpu
+
+        names = (sizes or ",".join(train_step_gpu.SIZES)).split(",")
+        card = train_step_gpu.Card(platform or "gpu", seq, dtype, repeats)
+        text, result = train_step_gpu.compare(card, names, batch, rounds)
+    else:
+        text, result = compare_shapes(shapes.split(","), repeats, cores)
+    click.echo(text)
+    if out:
+        out.write_text(json.dumps(result, indent=1) if out.suffix == ".json" else text, "utf-8")
+        click.echo(f"written to {out}", err=True)
+
+
+def compare_shapes(shapes: list[str], repeats: int, cores: int) -> tuple[str, dict[str, Any]]:
+    """The table of the CPU side, and what it was made of."""
+    for shape in shapes:
         parse(shape)
     allowed = sorted(os.sched_getaffinity(0))[:cores]
     os.sched_setaffinity(0, allowed)
     head = machine(len(allowed))
     click.echo(head, err=True)
     measured = {}
-    for shape in shapes.split(","):
+    for shape in shapes:
         click.echo(f"{shape} …", err=True)
         measured[shape] = measure(shape, repeats)
     text = f"{head}; medians of {repeats} steps\n\n{table(measured)}\n"
-    click.echo(text)
-    if out:
-        if out.suffix == ".json":
-            ratio = {shape: ratios(results) for shape, results in measured.items()}
-            text = json.dumps({"machine": head, "measured": measured, "ratios": ratio}, indent=1)
-        out.write_text(text, encoding="utf-8")
-        click.echo(f"written to {out}", err=True)
+    ratio = {shape: ratios(results) for shape, results in measured.items()}
+    return text, {"machine": head, "measured": measured, "ratios": ratio}
 
 
 if __name__ == "__main__":

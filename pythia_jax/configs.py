@@ -1,9 +1,8 @@
 """Run configurations: frozen dataclasses, checked when made, read from and written to YAML.
 
-`ModelConfig` says which function a model computes; `Runtime` says how it is computed on this
-machine (dtype, attention kernel, rematerialisation); `RunConfig` is everything a training run
-needs. Every mistake is one `ConfigError` that names the key, the value and, for an unknown key,
-the nearest one that exists.
+`RunConfig` is everything a training run needs; `ModelConfig` and `Runtime`, of
+`pythia_jax.model_config`, say which function is computed and how. Every mistake is one
+`ConfigError` that names the key, the value and, for an unknown key, the nearest one that exists.
 """
 
 import dataclasses
@@ -11,149 +10,42 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import yaml
 
-from pythia_jax import suite
 from pythia_jax.config_parsing import ConfigError, Section, build, read_yaml, require, set_dotted
 from pythia_jax.files import write_whole
+from pythia_jax.model_config import (
+    EXACT_GELU,
+    TANH_GELU,
+    Attention,
+    ModelConfig,
+    Runtime,
+    check_remat,
+)
 
-EXACT_GELU = ("gelu", "gelu_python")
-TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate")
-
-
-def _size_fields(name: str) -> dict[str, Any]:
-    try:
-        entry = suite.lookup(name)
-    except ValueError as error:
-        raise ConfigError(f"model.size: {error}") from None
-    return {
-        key: getattr(entry, key)
-        for key in (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "vocab_size",
-            "initializer",
-        )
-    }
-
-
-@dataclass(frozen=True)
-class ModelConfig(Section, where="model"):
-    """The function a GPT-NeoX model computes. Fields carry Hugging Face's names.
-
-    `initializer` alone does not change the function: it is the distribution that training
-    starts from (`small_wang` for 14m to 2.8b, `normal_scaled` for 6.9b and 12b).
-    `intermediate_size` of -1 stands for 4 x `hidden_size`.
-    """
-
-    _shorthands: ClassVar = {"size": _size_fields}
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    vocab_size: int = 50304
-    intermediate_size: int = -1
-    max_position_embeddings: int = 2048
-    rotary_pct: float = 0.25
-    rotary_emb_base: float = 10000.0
-    layer_norm_eps: float = 1e-5
-    hidden_act: str = "gelu_pytorch_tanh"
-    use_parallel_residual: bool = True
-    initializer: Literal["small_wang", "normal_scaled"] = "small_wang"
-
-    def _check(self) -> None:
-        if self.intermediate_size == -1:
-            object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
-        for name, value in vars(self).items():
-            if isinstance(value, int) and not isinstance(value, bool):
-                require(value >= 1, f"model.{name}", value, "it must be at least 1")
-        require(
-            self.hidden_size % self.num_attention_heads == 0,
-            "model.num_attention_heads",
-            self.num_attention_heads,
-            f"heads must divide hidden_size ({self.hidden_size})",
-        )
-        require(
-            0.0 <= self.rotary_pct <= 1.0,
-            "model.rotary_pct",
-            self.rotary_pct,
-            "it is a share of each head, between 0 and 1",
-        )
-        require(
-            self.rotary_size % 2 == 0,
-            "model.rotary_pct",
-            self.rotary_pct,
-            f"int(head size {self.head_size} x rotary_pct) = {self.rotary_size} must be even",
-        )
-        require(
-            self.rotary_emb_base > 0,
-            "model.rotary_emb_base",
-            self.rotary_emb_base,
-            "it must be > 0",
-        )
-        require(
-            self.layer_norm_eps > 0, "model.layer_norm_eps", self.layer_norm_eps, "it must be > 0"
-        )
-        known = EXACT_GELU + TANH_GELU
-        require(
-            self.hidden_act in known,
-            "model.hidden_act",
-            self.hidden_act,
-            f"choose one of {', '.join(known)}",
-        )
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def rotary_size(self) -> int:
-        """Leading dimensions of each head that are rotated."""
-        return int(self.head_size * self.rotary_pct)
-
-    @property
-    def tanh_gelu(self) -> bool:
-        return self.hidden_act in TANH_GELU
-
-    @classmethod
-    def from_dict(cls, mapping: Mapping[str, Any]) -> "ModelConfig":
-        """From plain values, every key and type checked; raises ConfigError."""
-        return build(cls, mapping, "model")
-
-    @classmethod
-    def from_size(cls, name: str, **overrides: Any) -> "ModelConfig":
-        """The model of a suite size (`70m`, `pythia-70m-deduped`, old names too)."""
-        return build(cls, {**overrides, "size": name}, "model")
-
-
-@dataclass(frozen=True)
-class Runtime(Section, where="runtime"):
-    """How a model is computed; none of it changes the function, only its rounding, speed, memory.
-
-    dtype: of the computation; None takes that of the parameters. LayerNorm statistics, softmax,
-        rotary angles and the loss are at least float32 whatever it says.
-    attention: `xla` works in blocks of queries and never holds all scores; `einsum` holds them;
-        `auto` takes `xla`, or `einsum` where the sites asked for need scores or pattern.
-    remat: what the backward pass recomputes: nothing (`none`), all but matrix products and what
-        attention gave (`dots`), or each block whole (`full`).
-    scan_layers: one compiled block run by `jax.lax.scan`, or every layer compiled on its own.
-    loss: `fused` forms the gradient of the unembedding in the forward pass (one derivative in
-        reverse, any number forward); `remat` recomputes chunks, for reverse over reverse.
-    loss_chunk: tokens whose logits exist at once.
-    """
-
-    dtype: Literal["float32", "bfloat16", "float64"] | None = None
-    attention: Literal["auto", "xla", "einsum"] = "auto"
-    remat: Literal["none", "dots", "full"] = "none"
-    scan_layers: bool = True
-    loss: Literal["fused", "remat"] = "fused"
-    loss_chunk: int = 512
-
-    def _check(self) -> None:
-        require(self.loss_chunk >= 1, "runtime.loss_chunk", self.loss_chunk, "at least 1 token")
+__all__ = [
+    "EXACT_GELU",
+    "TANH_GELU",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "DistributedConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "Runtime",
+    "TrainingConfig",
+    "for_data",
+    "from_dict",
+    "load",
+    "save",
+    "to_dict",
+]
 
 
 @dataclass(frozen=True)
@@ -309,15 +201,22 @@ class OptimizerConfig(Section, where="optimizer"):
 
 @dataclass(frozen=True)
 class TrainingConfig(Section, where="training"):
-    """How long, how wide and in which precision. `batch_size` is rows a step, over all devices."""
+    """How long, how wide and in which precision. `batch_size` is rows a step, over all devices.
+
+    precision: of the computation; parameters and the optimizer's moments are float32 always.
+        `float16` scales the loss as GPT-NeoX does.
+    attention, remat: `Runtime` says what they mean.
+    on_nonfinite: a loss or gradient that is no number changes no parameter; `stop` ends the run,
+        `skip` goes on with the next batch.
+    """
 
     steps: int = 143000
     batch_size: int = 1024
     gradient_accumulation: int = 1
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    attention: Literal["auto", "xla", "einsum"] = "auto"
-    remat: Literal["none", "dots", "full"] = "full"
-    on_nonfinite: Literal["stop"] = "stop"
+    precision: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    attention: Attention = "auto"
+    remat: str = "full"
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     seed: int = 1234
 
     def _check(self) -> None:
@@ -330,6 +229,7 @@ class TrainingConfig(Section, where="training"):
             self.gradient_accumulation,
             f"it must divide batch_size ({self.batch_size})",
         )
+        check_remat("training.remat", self.remat)
         require(0 <= self.seed < 2**32, "training.seed", self.seed, "seeds go from 0 to 2**32 - 1")
 
 
@@ -383,7 +283,12 @@ class EvaluationConfig(Section, where="evaluation"):
 
 @dataclass(frozen=True)
 class MeshConfig(Section, where="mesh"):
-    """Devices along each axis; -1 takes what is left. One device serves a run for now."""
+    """Devices along each axis; -1, for one of them, takes what the others leave.
+
+    data: copies of the parameters, each with rows of its own. fsdp: rows of their own too, but the
+    parameters are cut between them. tensor: heads and the width of the MLP are cut. slices: TPU
+    slices joined by the data-centre network, each with copies of the parameters.
+    """
 
     data: int = 1
     fsdp: int = -1
@@ -391,16 +296,34 @@ class MeshConfig(Section, where="mesh"):
     slices: int = 1
 
     def _check(self) -> None:
-        for name in ("data", "fsdp", "tensor", "slices"):
-            value = getattr(self, name)
-            require(value in (1, -1), f"mesh.{name}", value, "a run uses one device for now")
+        for name, size in vars(self).items():
+            require(size >= 1 or size == -1, f"mesh.{name}", size, "at least 1, or -1 for the rest")
+        open_axes = [name for name, size in vars(self).items() if size == -1]
+        require(
+            len(open_axes) <= 1,
+            f"mesh.{open_axes[-1] if open_axes else ''}",
+            -1,
+            f"mesh.{open_axes[0] if open_axes else ''} is -1 already; one axis takes what is left",
+        )
+
+
+@dataclass(frozen=True)
+class DistributedConfig(Section, where="distributed"):
+    """Several processes in one run. One that is silent for `heartbeat_seconds` ends the others."""
+
+    heartbeat_seconds: int = 100
+
+    def _check(self) -> None:
+        seconds = self.heartbeat_seconds
+        require(seconds >= 1, "distributed.heartbeat_seconds", seconds, "it must be at least 1")
 
 
 @dataclass(frozen=True)
 class LoggingConfig(Section, where="logging"):
-    """One line of metrics every so many steps."""
+    """One line of metrics every so many steps. wandb: a Weights & Biases project to log to."""
 
     every: int = 10
+    wandb: str | None = None
 
     def _check(self) -> None:
         require(self.every >= 1, "logging.every", self.every, "it must be at least 1")
@@ -418,6 +341,7 @@ class RunConfig(Section, where=""):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,6 +1,7 @@
 """The benchmarks run, and compare what they say they compare."""
 
 import json
+import math
 import os
 import re
 import runpy
@@ -14,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "train_step.py"
 train_step = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+train_step_gpu = SimpleNamespace(**runpy.run_path(str(SCRIPT.with_name("train_step_gpu.py"))))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -51,6 +53,81 @@ def test_ratios_are_taken_against_torchs_better_figure():
 def test_a_malformed_shape_is_refused_before_anything_runs(shape):
     done = run("--shapes", shape)
     assert done.returncode == 2 and "size:BATCHxSEQ" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_gpu_side_runs_on_a_cpu_and_prints_its_table(tmp_path):
+    out = tmp_path / "results.json"
+    small = ["--batch", "2", "--seq", "64", "--dtype", "float32", "--repeats", "1", "--rounds", "2"]
+    done = run("--platform", "cpu", "--sizes", "14m", *small, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(out.read_text())["measured"]["14m"]
+    for name in ("pythia_jax", "torch"):
+        row = measured[name]
+        assert f"| 14m | {name} | {row['setting']} | 2 |" in done.stdout
+        assert len(row["all step s"]) == 2 and row["peak GiB"] > 0.1
+        assert 9 < row["loss"] < 13  # one and the same function, as above
+    assert "| unknown |" in done.stdout, "the peak of a CPU is not known, so no MFU"
+    for setting in ("none", "dots", "full"):
+        assert f"14m pythia_jax {setting}, 2 rows: " in done.stderr
+
+
+def card_of(fits, gain=1.9):
+    """A made-up device that holds so many rows, and what was tried on it."""
+    tried = []
+
+    def attempt(rows):
+        tried.append(rows)
+        return {"batch": rows, "tokens/s": rows ** math.log2(gain)} if rows <= fits else None
+
+    return attempt, tried
+
+
+@pytest.mark.parametrize(
+    ("fits", "gain", "tried", "kept"),
+    [
+        (40, 1.9, [8, 16, 32, 64], [8, 16, 32]),
+        (3, 1.9, [8, 4, 2], [2]),
+        (0, 1.9, [8, 4, 2, 1], []),
+        (10**9, 1.005, [8, 16], [8, 16]),
+        (10**9, 1.9, [8, 16, 32, 64, 128, 256, 512, 1024], [8, 16, 32, 64, 128, 256, 512, 1024]),
+    ],
+)
+def test_rows_are_doubled_until_memory_is_full_or_nothing_is_gained(fits, gain, tried, kept):
+    attempt, seen = card_of(fits, gain)
+    results = train_step_gpu.doubled(attempt)
+    assert seen == tried
+    assert [result["batch"] for result in results] == kept
+
+
+def test_mfu_in_the_table_is_that_of_the_median_step():
+    card = train_step_gpu.Card("gpu", seq=2048, dtype="bfloat16", steps=5)
+    one = {"setting": "none", "batch": 16, "peak GiB": 70.0, "device": "NVIDIA H200", "loss": 10.8}
+    tries = [{**one, "step s": seconds} for seconds in (0.9, 0.5, 0.4)]
+    row = train_step_gpu.summary(card, "1.4b", tries)
+    # 1.4b: 24 layers of 12 x 2048^2 weights, the unembedding, and half of all pairs; times 6.
+    flops = 6 * 16 * 2048 * (24 * 12 * 2048**2 + 50304 * 2048 + 24 * 2048 * 2048)
+    assert row["MFU"] == pytest.approx(flops / 0.5 / 989e12)
+    assert row["tokens/s"] == pytest.approx(16 * 2048 / 0.5)
+    slower = {**row, "tokens/s": row["tokens/s"] / 2}
+    table = train_step_gpu.table({"1.4b": {"pythia_jax": row, "torch": slower}})
+    assert f"| {row['MFU']:.1%} | 2.00 |" in table
+
+
+@pytest.mark.parametrize("word", ["RESOURCE_EXHAUSTED: Out of memory", "CUDA out of memory. Tried"])
+def test_running_out_of_memory_is_told_from_other_errors(monkeypatch, word):
+    task = {"card": {"platform": "gpu", "seq": 8, "dtype": "bfloat16", "steps": 1}}
+    task |= {"name": "torch", "size": "14m", "setting": "compile", "batch": 1}
+
+    def fail(*_):
+        raise RuntimeError(said)
+
+    monkeypatch.setitem(train_step_gpu.work.__globals__, "build", fail)
+    said = word
+    assert train_step_gpu.work(task) is None
+    said = "no such thing as a card"
+    with pytest.raises(RuntimeError, match="no such thing"):
+        train_step_gpu.work(task)
 
 
 def test_the_tokenize_benchmark_prints_ours_beside_the_library(tmp_path):

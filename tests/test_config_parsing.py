@@ -59,7 +59,7 @@ def test_unknown_key_is_an_error_that_names_the_nearest(mapping, key, nearest):
         ("training.steps", [3], "a whole number"),
         ("training.precision", "float8", "bfloat16"),
         ("training.precision", None, "bfloat16"),
-        ("training.remat", True, "none, dots, full"),
+        ("training.remat", True, "text"),
         ("optimizer.eps", "tiny", "a number"),
         ("optimizer.eps", True, "a number"),
         ("optimizer.eps", None, "a number"),

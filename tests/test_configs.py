@@ -131,7 +131,7 @@ def test_impossible_values_are_refused_when_made_in_python_too():
         lambda: DataConfig(train=("a",), train_weights=(1.0, 2.0)),
         lambda: Runtime(loss_chunk=0),
         lambda: Runtime(attention="flash"),  # type: ignore[arg-type]
-        lambda: Runtime(dtype="float16"),  # type: ignore[arg-type]
+        lambda: Runtime(dtype="int8"),  # type: ignore[arg-type]
         lambda: Runtime(remat="some"),  # type: ignore[arg-type]
         lambda: Runtime(loss="plain"),  # type: ignore[arg-type]
     ):

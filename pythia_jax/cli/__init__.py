@@ -2,6 +2,8 @@
 
 import logging
 import sys
+import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,13 @@ import click
 
 from pythia_jax.cli.data import data
 from pythia_jax.cli.options import CONFIG_HELP, DOTTED, load_config
+from pythia_jax.cli.plan import plan
 
 EXPECTED = (ValueError, OSError, IndexError, RuntimeError, MemoryError)
 """What the library raises for bad input, all told in one line; anything else is a bug."""
+
+START_AGAIN = 75
+"""Exit status of `train` when it was told to leave and has saved everything (EX_TEMPFAIL)."""
 
 
 class _Group(click.Group):
@@ -107,12 +113,35 @@ def suite() -> None:
 )
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--stop-at", type=int, help="Leave at this step, everything saved to go on from it.")
+@click.option("--pod", is_flag=True, help="Be one of a run's processes (docs/pods.md).")
+@click.option("--profile", type=click.IntRange(min=0), default=0, help="Trace so many steps.")
 @click.pass_context
-def train(ctx: click.Context, config: Path, stop_at: int | None) -> None:
+def train(ctx: click.Context, config: Path, stop_at: int | None, pod: bool, profile: int) -> None:
+    from pythia_jax.training.pod import failing_at_once, is_first, join
+    from pythia_jax.training.preemption import Preempted
     from pythia_jax.training.trainer import train
 
-    result = train(load_config(ctx, config), stop_at=stop_at)
-    click.echo(f"checkpoint {result.step} and metrics.jsonl, loss.png are in {result.folder}")
+    run = load_config(ctx, config)
+    heartbeat = run.distributed.heartbeat_seconds
+    if pod:
+        join(heartbeat)
+    try:
+        with failing_at_once(heartbeat, _tell) if pod else nullcontext():
+            result = train(run, stop_at=stop_at, profile_steps=profile)
+    except Preempted as notice:
+        click.echo(f"Stopped: {notice}", err=True)
+        ctx.exit(START_AGAIN)
+    if is_first():
+        say = "checkpoint {} and metrics.jsonl, loss.png are in {}"
+        click.echo(say.format(result.step, result.folder))
+
+
+def _tell(error: BaseException) -> None:
+    """What ends a process of a pod, as `_Group` would tell it."""
+    if isinstance(error, EXPECTED):
+        click.echo(f"Error: {error}", err=True)
+    else:
+        traceback.print_exception(error)
 
 
 @main.command()
@@ -163,3 +192,4 @@ def convert(
 
 
 main.add_command(data)
+main.add_command(plan)

@@ -1,27 +1,35 @@
-"""Causal self-attention: rotary embedding, the kernels and the chooser.
+"""Causal self-attention: rotary embedding, the plain kernels and the chooser.
 
 Both kernels here are plain JAX with no derivative rule of their own, so that derivatives of any
 order and either mode go through them. `xla` works through blocks of queries, each against the
 keys it can see, and recomputes scores in the backward pass: no more than one block's scores exist
-at a time. `einsum` holds all scores, which the sites `attn.scores` and `attn.pattern` need.
+at a time. `einsum` holds all scores, which the sites `attn.scores` and `attn.pattern` need. The
+fused ones, for TPUs and GPUs, are in `pythia_jax.model.kernels`.
+
+On a mesh every kernel but `einsum` works on each device's own rows and heads.
 """
 
+import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig, Runtime
+from pythia_jax.model import kernels
 from pythia_jax.model.sites import MATERIALISED
 
 log = logging.getLogger(__name__)
 
 Queries = Float[Array, "batch seq heads head"]
-Kernel = Callable[..., Float[Array, "batch seq heads head"]]
+HEADS = ("batch", "seq", "heads", "head")
+FUSED = {"splash": kernels.splash, "cudnn": kernels.cudnn}
 
 
 def inverse_frequencies(rotary_size: int, base: float) -> np.ndarray:
@@ -66,16 +74,37 @@ def rotate(
     return jnp.concatenate([*(r.astype(x.dtype) for r in rotated), rest], axis=-1)
 
 
-def choose(runtime: Runtime, sites: set[str]) -> str:
-    """The kernel for this runtime: its name, `xla` or `einsum`.
+def resolve(
+    runtime: Runtime,
+    config: ModelConfig,
+    platform: str,
+    device_kind: str = "",
+    sites: Collection[str] = (),
+) -> Runtime:
+    """`runtime` with the name of the attention kernel that will run; the choice is logged.
+
+    platform, device_kind: those of the mesh's devices. A `runtime` that leaves the dtype open is
+    taken for float32.
+
+    Raises ValueError if a kernel was asked for by name that cannot run there.
+    """
+    dtype = runtime.dtype or "float32"
+    asked = choose(runtime, sites)
+    name = kernels.pick(asked, config.head_size, dtype, platform, device_kind)
+    where = device_kind or platform
+    log.info("attention: %s (%s, head size %d, %s)", name, where, config.head_size, dtype)
+    return dataclasses.replace(runtime, attention=name)
+
+
+def choose(runtime: Runtime, sites: Collection[str]) -> str:
+    """The kernel as far as the sites in use decide it; `auto` is what they leave to `attend`.
 
     Raises ValueError if a kernel was asked for by name that cannot serve the sites in use.
     """
     needed = [site for site in MATERIALISED if site in sites]
-    if runtime.attention == "auto":
-        if needed:
-            log.info("attention: einsum, since %s must be held in memory", " and ".join(needed))
-        return "einsum" if needed else "xla"
+    if runtime.attention == "auto" and needed:
+        log.info("attention: einsum, since %s must be held in memory", " and ".join(needed))
+        return "einsum"
     if needed and runtime.attention != "einsum":
         raise ValueError(
             f"attention kernel {runtime.attention!r} never holds {' or '.join(needed)}; "
@@ -85,11 +114,36 @@ def choose(runtime: Runtime, sites: set[str]) -> str:
 
 
 def attend(q: Queries, k: Queries, v: Queries, kernel: str, hooks: Callable) -> Queries:
-    """Causal softmax attention, scaled by 1/sqrt(head): `[batch, seq, heads, head]` each."""
+    """Causal softmax attention, scaled by 1/sqrt(head): `[batch, seq, heads, head]` each.
+
+    What a backward pass needs of the result is named `kernels.KEPT` for rematerialisation.
+
+    Raises ValueError if `kernel` names one that cannot run here.
+    """
+    platform, device_kind = _device()
+    kernel = kernels.pick(kernel, q.shape[-1], q.dtype, platform, device_kind)
     q = q * (q.shape[-1] ** -0.5)
     if kernel == "einsum":
-        return _einsum_attention(q, k, v, hooks)
-    return _blockwise_attention(q, k, v)
+        return checkpoint_name(_einsum_attention(q, k, v, hooks), kernels.KEPT)
+    fused = kernel in FUSED
+    run = FUSED[kernel] if fused else functools.partial(_blockwise_attention, platform=platform)
+    mixed = sharding.by_shard(run, (HEADS, HEADS, HEADS), HEADS, check_vma=not fused)(q, k, v)
+    # The fused kernels have named what they keep, in the layout that they keep it in.
+    return mixed if fused else checkpoint_name(mixed, kernels.KEPT)
+
+
+def _device() -> tuple[str, str]:
+    """Platform and kind of the devices that will compute: the ambient mesh's, or the default's.
+
+    The mesh may be of devices that are not here, when compiling for them ahead of time.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return described.platform, described.device_kind
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if default is None or isinstance(default, str):
+        default = jax.local_devices(backend=default)[0]
+    return default.platform, default.device_kind
 
 
 def _exponentials(
@@ -118,15 +172,26 @@ BLOCKS = 8
 add more pieces to the gradients of keys and values."""
 
 
-def _blockwise_attention(q: Queries, k: Queries, v: Queries) -> Queries:
+def _blockwise_attention(q: Queries, k: Queries, v: Queries, platform: str) -> Queries:
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    mixed = jax.lax.platform_dependent(q, k, v, cpu=_head_by_head, default=_all_heads)
-    return mixed.transpose(0, 2, 1, 3)
+    run = {"cpu": _head_by_head, "tpu": _row_by_row}.get(platform, _all_heads)
+    return run(q, k, v).transpose(0, 2, 1, 3)
 
 
 @jax.checkpoint  # Else every block would keep its own copy of the keys and values that it sees.
 def _all_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return _attend_in_blocks(q, k, v, jax.checkpoint)
+
+
+def _row_by_row(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """One row after the other: its heads fill a TPU, and take a batch's share of the memory."""
+
+    @jax.checkpoint
+    def attend_row(qkv: tuple[jax.Array, ...]) -> jax.Array:
+        q, k, v = (x[None] for x in qkv)
+        return _attend_in_blocks(q, k, v, jax.checkpoint)[0]
+
+    return jax.lax.map(attend_row, (q, k, v))
 
 
 def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -15,9 +15,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.model import attention
-from pythia_jax.model.parameters import Params
+from pythia_jax.model.parameters import Parameter, Params, map_parameters
 from pythia_jax.model.sites import SPLIT_READERS, Capture, Edits, Hooks, LayerHooks, Taps
 
 AnyArray = Array | np.ndarray
@@ -102,14 +103,14 @@ def hidden_states(
 
     params = cast(params, runtime)
     outer = hooks.at()
-    x = outer("embed", embed(params, tokens))
+    x = _stream(outer("embed", embed(params, tokens)))
 
     def layer(carry: tuple, scanned: tuple) -> tuple[tuple, dict]:
         x, chosen = carry
         index, weights, layered = scanned
         site = hooks.at(index, layered, chosen)
         x = block(weights, x, config, lambda q, k, v: attend(q, k, v, site), site)
-        return (x, site.chosen), site.captured
+        return (_stream(x), site.chosen), site.captured
 
     run = run_layers(layer, runtime, config.num_hidden_layers)
     indices = jnp.arange(config.num_hidden_layers)
@@ -141,7 +142,16 @@ def check_tokens(tokens: AnyArray, config: ModelConfig) -> None:
 
 def embed(params: Params, tokens: Int[AnyArray, "*rows"]) -> Float[Array, "*rows hidden"]:
     """Rows of the embedding; NaN for an id that it does not have."""
-    return jnp.take(params["embed_in"]["embedding"], tokens, axis=0, mode="fill", fill_value=np.nan)
+    table = params["embed_in"]["embedding"]
+    # Gathered in its own dtype, then widened: the gradient of a frequent token has many summands.
+    gathered = sharding.constrain(table, ("vocab", "stream"))
+    wide = gathered.astype(jnp.promote_types(table.dtype, jnp.float32))
+    return jnp.take(wide, tokens, axis=0, mode="fill", fill_value=np.nan).astype(table.dtype)
+
+
+def _stream(x: Hidden) -> Hidden:
+    """The residual stream: each device has its own rows, whole."""
+    return sharding.constrain(x, ("batch", "seq", "stream"))
 
 
 def block(
@@ -156,18 +166,22 @@ def block(
     Parallel residual: x + attention(norm(x)) + mlp(norm'(x)), both of the block's input;
     sequential: the MLP reads the stream that attention has written to.
     """
-    x = site("resid_pre", x)
+    x = site("resid_pre", checkpoint_name(x, "resid_pre"))
     q, k, v = queries_keys_values(weights, x, config, site)
     z = site("attn.z", checkpoint_name(attend(q, k, v), "attn.z"))
     merged = z.reshape(*x.shape[:2], config.hidden_size)
-    attention_out = site("attn_out", dense(merged, weights["attention"]["dense"]))
+    attention_out = dense(merged, weights["attention"]["dense"])
+    attention_out = site("attn_out", checkpoint_name(attention_out, "attn_out"))
     if not config.use_parallel_residual:
         x = x + attention_out
     mlp_in = site("mlp_in", x)
     normed = layer_norm(mlp_in, weights["post_attention_layernorm"], config.layer_norm_eps)
-    pre = site("mlp.pre", dense(normed, weights["mlp"]["dense_h_to_4h"]))
-    post = site("mlp.post", jax.nn.gelu(pre, approximate=config.tanh_gelu))
-    mlp_out = site("mlp_out", dense(post, weights["mlp"]["dense_4h_to_h"]))
+    pre = checkpoint_name(dense(normed, weights["mlp"]["dense_h_to_4h"]), "mlp.pre")
+    pre = site("mlp.pre", sharding.constrain(pre, ("batch", "seq", "mlp")))
+    post = jax.nn.gelu(pre, approximate=config.tanh_gelu)
+    post = site("mlp.post", checkpoint_name(post, "mlp.post"))
+    mlp_out = dense(post, weights["mlp"]["dense_4h_to_h"])
+    mlp_out = site("mlp_out", checkpoint_name(mlp_out, "mlp_out"))
     # GPT-NeoX adds the two branches first and the stream last: the order decides the last bits.
     written = attention_out + mlp_out if config.use_parallel_residual else mlp_out
     return site("resid_post", x + written)
@@ -192,7 +206,8 @@ def queries_keys_values(
             value = jnp.einsum("bshd,dhe->bshe", read, kernel[:, :, i], precision=precision)
             split.append(value + bias[:, i])
     else:
-        fused = dense(layer_norm(x, norm, eps), qkv)
+        fused = checkpoint_name(dense(layer_norm(x, norm, eps), qkv), "attn.qkv")
+        fused = sharding.constrain(fused, ("batch", "seq", "qkv"))
         split = jnp.split(fused.reshape(*x.shape[:2], heads, 3 * size), 3, axis=-1)
     return site("attn.q", split[0]), site("attn.k", split[1]), site("attn.v", split[2])
 
@@ -218,20 +233,35 @@ def dense(x: Float[Array, "*rows in"], weights: Params) -> Float[Array, "*rows o
 def layer_norm(
     x: Float[Array, "*rows hidden"], weights: Params, eps: float
 ) -> Float[Array, "*rows hidden"]:
-    """LayerNorm over the last axis (Ba et al., 2016); statistics at least float32."""
+    """LayerNorm over the last axis (Ba et al., 2016); at least float32 throughout, as torch's."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - wide.mean(axis=-1, keepdims=True)
     variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-    normed = (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
-    return normed * weights["scale"] + weights["bias"]
+    normed = centred * jax.lax.rsqrt(variance + eps)
+    return (normed * weights["scale"] + weights["bias"]).astype(x.dtype)
 
 
 def cast(params: Params, runtime: Runtime) -> Params:
-    """Parameters in the compute dtype, all but the unembedding, which the loss casts itself."""
+    """Parameters in the compute dtype.
+
+    All but the unembedding, which the loss casts itself, and the norms, which are float32: sums
+    over every token, their gradients would lose most in a narrow one.
+    """
     if runtime.dtype is None:
         return params
-    body = {name: tree for name, tree in params.items() if name != "embed_out"}
-    return {**params, **jax.tree.map(lambda p: p.astype(runtime.dtype), body)}
+
+    def leaf(parameter: Parameter, value: jax.Array) -> jax.Array:
+        kept = parameter.path == "embed_out/kernel" or "norm/" in parameter.path
+        return value if kept else value.astype(runtime.dtype)
+
+    return map_parameters(leaf, params)
+
+
+def _remat_policy(remat: str) -> Callable[..., bool]:
+    named = jax.checkpoint_policies.save_only_these_names
+    if remat in REMAT_POLICIES:
+        return REMAT_POLICIES[remat]
+    return named(*(name.strip() for name in remat.split(",")))
 
 
 REMAT_POLICIES = {
@@ -247,7 +277,7 @@ REMAT_POLICIES = {
 def run_layers(layer: Callable, runtime: Runtime, layers: int) -> Callable:
     """`layer(carry, scanned)` over all layers: by `lax.scan`, or unrolled."""
     if runtime.remat != "none":
-        policy = REMAT_POLICIES[runtime.remat]
+        policy = _remat_policy(runtime.remat)
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=not runtime.scan_layers)
     if runtime.scan_layers:
         return functools.partial(jax.lax.scan, layer)

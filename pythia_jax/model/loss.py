@@ -7,10 +7,15 @@ products and vmap go through it as well. *remat* (`token_cross_entropy`) is a pl
 recomputes each chunk in the backward pass; it gives per-token losses, and differentiates in any
 order of modes (reverse over reverse through the fused form would hold twice the logits).
 
+On a mesh, each device sweeps over its own rows: the unembedding is gathered once before the sweep,
+in the compute dtype, and its gradient reduced once after it. Left to the compiler, both would
+happen in every chunk.
+
 Losses are in nats. GPT-NeoX v1.0 (mpu/cross_entropy.py) averages over all positions; rows of the
 vocabulary that only pad it belong to the softmax, as they did upstream.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +24,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.model.attention import exact
 from pythia_jax.model.gptneox import AnyArray, check_tokens, hidden_states
@@ -94,16 +100,23 @@ def token_cross_entropy(
     chunk: int,
 ) -> Float[Array, "batch seq"]:
     """Per-token losses by a scan over chunks of positions, recomputed in the backward pass."""
-    cut = _Chunks(labels.shape, chunk)
-    cast = kernel.astype(hidden.dtype)
+    part = _Part(whole=sharding.current() is None)
 
-    @jax.checkpoint
-    def step(carry: None, xs: tuple) -> tuple[None, jax.Array]:
-        x, y = xs
-        return None, _cross_entropy(_logits(x, cast), y)[0]
+    def sweep(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+        cut = _Chunks(labels.shape, chunk)
+        cast = part.gather(kernel.astype(hidden.dtype))
 
-    _, nll = jax.lax.scan(step, None, (cut.split(hidden), cut.split(labels)))
-    return cut.join(nll)
+        @jax.checkpoint
+        def step(carry: None, xs: tuple) -> tuple[None, jax.Array]:
+            x, y = xs
+            return None, part.cross_entropy(_logits(x, cast), y)[0]
+
+        rows = part.spread(hidden, ("tensor",))
+        _, nll = jax.lax.scan(step, None, (cut.split(rows), cut.split(labels)))
+        return cut.join(nll)
+
+    axes = (_AXES["hidden"], _AXES["kernel"], _AXES["labels"])
+    return sharding.by_shard(sweep, axes, _AXES["labels"])(hidden, kernel, labels)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(4,))
@@ -114,7 +127,10 @@ def fused_cross_entropy(
     labels: Int[Array, "batch seq"],
     chunk: int,
 ) -> Float[Array, ""]:
-    """Sum over tokens of weight x cross-entropy; its derivative is formed with its value."""
+    """Sum over tokens of weight x cross-entropy; its derivative is formed with its value.
+
+    chunk: tokens whose logits exist at once, on each device.
+    """
     return _sweep(hidden, kernel, weights, labels, chunk, want=())[0]
 
 
@@ -141,6 +157,15 @@ def _fused_jvp(chunk: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, 
     return value, tangent
 
 
+_AXES: dict[str, tuple[str, ...]] = {
+    "hidden": ("batch", "seq", "stream"),
+    "kernel": ("hidden", "vocab"),
+    "weights": ("batch",),
+    "labels": ("batch", "seq"),
+}
+"""Logical axes of the loss's arrays, and of their gradients."""
+
+
 def _sweep(
     hidden: jax.Array,
     kernel: jax.Array,
@@ -150,18 +175,36 @@ def _sweep(
     want: tuple[str, ...],
 ) -> tuple[jax.Array, dict[str, Any]]:
     """The weighted sum, and the gradients named in `want`, in one pass over chunks of positions."""
+    part = _Part(whole=sharding.current() is None)
+    sweep = partial(_sweep_part, part=part, chunk=chunk, want=want)
+    axes = tuple(_AXES[name] for name in ("hidden", "kernel", "weights", "labels"))
+    sharded = sharding.by_shard(sweep, axes, ((), {name: _AXES[name] for name in want}))
+    return sharded(hidden, kernel, weights, labels)
+
+
+def _sweep_part(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    weights: jax.Array,
+    labels: jax.Array,
+    *,
+    part: "_Part",
+    chunk: int,
+    want: tuple[str, ...],
+) -> tuple[jax.Array, dict[str, Any]]:
+    """`_sweep` over this device's rows and its part of the vocabulary."""
     cut = _Chunks(labels.shape, chunk)
-    cast = kernel.astype(hidden.dtype)
+    cast = part.gather(kernel.astype(hidden.dtype))
     wide = weights.dtype
 
     def step(kernel_gradient: Any, xs: tuple) -> tuple[Any, tuple]:
         x, y, w = xs
         logits = _logits(x, cast)
-        nll, peak, total = _cross_entropy(logits, y)
+        nll, peak, total = part.cross_entropy(logits, y)
         if "hidden" not in want and "kernel" not in want:
             return kernel_gradient, (nll, None)
         share = jnp.exp(logits - peak[..., None]) * (w / total)[..., None]
-        hit = jax.nn.one_hot(y, kernel.shape[1], dtype=wide) * w[..., None]
+        hit = jax.nn.one_hot(part.place(y, logits), logits.shape[-1], dtype=wide) * w[..., None]
         d_logits = (share - hit).astype(hidden.dtype)
         d_hidden = None
         if "hidden" in want:
@@ -176,16 +219,18 @@ def _sweep(
             )
         return kernel_gradient, (nll, d_hidden)
 
-    accumulator = jnp.zeros(kernel.shape, wide) if "kernel" in want else None
+    accumulator = part.spread(jnp.zeros(cast.shape, wide)) if "kernel" in want else None
     # Positions that pad the last chunk weigh nothing.
     spread = jnp.broadcast_to(weights[:, None], labels.shape)
     xs = (cut.split(hidden), cut.split(labels), cut.split(spread))
     d_kernel, (nll, d_hidden) = jax.lax.scan(step, accumulator, xs)
     rows = cut.join(nll).sum(axis=1)
-    gradient: dict[str, Any] = {"kernel": d_kernel, "weights": rows}
-    if d_hidden is not None:
-        gradient["hidden"] = cut.join(d_hidden)
-    return (rows * weights).sum(), gradient
+    gradient: dict[str, Any] = {"weights": rows} if "weights" in want else {}
+    if "kernel" in want:
+        gradient["kernel"] = part.reduce_kernel(d_kernel)
+    if "hidden" in want:
+        gradient["hidden"] = part.sum_over_vocabulary(cut.join(d_hidden))
+    return part.sum_over_rows((rows * weights).sum()), gradient
 
 
 def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -193,12 +238,65 @@ def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.einsum("bsh,hv->bsv", x, kernel, precision=exact(x), preferred_element_type=wide)
 
 
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses, and the peak and the sum of exponentials they were computed with."""
-    peak = jax.lax.stop_gradient(logits.max(axis=-1))
-    total = jnp.exp(logits - peak[..., None]).sum(axis=-1)
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return peak + jnp.log(total) - chosen, peak, total
+@dataclass(frozen=True)
+class _Part:
+    """What a device must ask of others, holding some rows and a part of the vocabulary.
+
+    whole: there are no others, and every function here is the plain one.
+    """
+
+    whole: bool
+
+    def gather(self, kernel: jax.Array) -> jax.Array:
+        """All of the hidden axis, for this part of the vocabulary."""
+        if self.whole:
+            return kernel
+        kernel = jax.lax.all_gather(kernel, "fsdp", axis=0, tiled=True)
+        # Said here, or the sum that undoes it in the backward pass would stand inside the scan.
+        return self.spread(kernel, ("slices", "data"))
+
+    def spread(self, x: jax.Array, axes: tuple[str, ...] = sharding.AXES) -> jax.Array:
+        """`x`, the same along these axes so far, as a value that may differ between devices."""
+        return x if self.whole else jax.lax.pcast(x, axes, to="varying")
+
+    def reduce_kernel(self, gradient: jax.Array) -> jax.Array:
+        """The gradient summed over all rows, each device keeping its part of the hidden axis."""
+        if self.whole:
+            return gradient
+        own = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=0, tiled=True)
+        return jax.lax.psum(own, ("slices", "data"))
+
+    def sum_over_rows(self, x: jax.Array) -> jax.Array:
+        return x if self.whole else jax.lax.psum(x, sharding.ROWS)
+
+    def sum_over_vocabulary(self, x: jax.Array) -> jax.Array:
+        return x if self.whole else jax.lax.psum(x, "tensor")
+
+    def place(self, labels: jax.Array, logits: jax.Array) -> jax.Array:
+        """Where labels stand in this part of the vocabulary; outside of it, if they do not."""
+        if self.whole:
+            return labels
+        return labels - jax.lax.axis_index("tensor") * logits.shape[-1]
+
+    def cross_entropy(
+        self, logits: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Losses, and the peak and the sum of exponentials they were computed with."""
+        peak = jax.lax.stop_gradient(logits.max(axis=-1))
+        peak = peak if self.whole else jax.lax.pmax(peak, "tensor")
+        total = self.sum_over_vocabulary(jnp.exp(logits - peak[..., None]).sum(axis=-1))
+        return peak + jnp.log(total) - self._chosen(logits, labels), peak, total
+
+    def _chosen(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+        place = self.place(labels, logits)
+        last = logits.shape[-1] - 1
+        inside = place if self.whole else jnp.clip(place, 0, last)
+        chosen = jnp.take_along_axis(logits, inside[..., None], axis=-1)[..., 0]
+        return (
+            chosen
+            if self.whole
+            else self.sum_over_vocabulary(jnp.where(inside == place, chosen, 0))
+        )
 
 
 class _Chunks:

@@ -14,8 +14,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig
 
 Params = dict
@@ -25,11 +27,13 @@ _WIDTH: dict[str, Callable[[ModelConfig], int]] = {
     "layers": lambda c: c.num_hidden_layers,
     "vocab": lambda c: c.vocab_size,
     "hidden": lambda c: c.hidden_size,
+    "stream": lambda c: c.hidden_size,
     "qkv": lambda c: 3 * c.hidden_size,
     "heads": lambda c: c.hidden_size,
     "mlp": lambda c: c.intermediate_size,
 }
-"""Size of each logical axis. `qkv` runs over heads, within a head over query, key, value."""
+"""Size of each logical axis. `qkv` runs over heads, within a head over query, key, value.
+`stream` is the hidden axis of vectors, which are too small to be worth cutting."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +103,12 @@ TABLE: tuple[Parameter, ...] = (
         "gpt_neox.embed_in.weight",
         "0.word_embeddings.weight",
     ),
-    _layer("input_layernorm/scale", ("hidden",), "ones", "input_layernorm.weight"),
-    _layer("input_layernorm/bias", ("hidden",), "zeros", "input_layernorm.bias"),
+    _layer("input_layernorm/scale", ("stream",), "ones", "input_layernorm.weight"),
+    _layer("input_layernorm/bias", ("stream",), "zeros", "input_layernorm.bias"),
     _layer(
-        "post_attention_layernorm/scale", ("hidden",), "ones", "post_attention_layernorm.weight"
+        "post_attention_layernorm/scale", ("stream",), "ones", "post_attention_layernorm.weight"
     ),
-    _layer("post_attention_layernorm/bias", ("hidden",), "zeros", "post_attention_layernorm.bias"),
+    _layer("post_attention_layernorm/bias", ("stream",), "zeros", "post_attention_layernorm.bias"),
     _layer(
         "attention/query_key_value/kernel",
         ("hidden", "qkv"),
@@ -113,21 +117,21 @@ TABLE: tuple[Parameter, ...] = (
     ),
     _layer("attention/query_key_value/bias", ("qkv",), "zeros", "attention.query_key_value.bias"),
     _layer("attention/dense/kernel", ("heads", "hidden"), "output", "attention.dense.weight"),
-    _layer("attention/dense/bias", ("hidden",), "zeros", "attention.dense.bias"),
+    _layer("attention/dense/bias", ("stream",), "zeros", "attention.dense.bias"),
     _layer("mlp/dense_h_to_4h/kernel", ("hidden", "mlp"), "input", "mlp.dense_h_to_4h.weight"),
     _layer("mlp/dense_h_to_4h/bias", ("mlp",), "zeros", "mlp.dense_h_to_4h.bias"),
     _layer("mlp/dense_4h_to_h/kernel", ("mlp", "hidden"), "output", "mlp.dense_4h_to_h.weight"),
-    _layer("mlp/dense_4h_to_h/bias", ("hidden",), "zeros", "mlp.dense_4h_to_h.bias"),
+    _layer("mlp/dense_4h_to_h/bias", ("stream",), "zeros", "mlp.dense_4h_to_h.bias"),
     Parameter(
         "final_layer_norm/scale",
-        ("hidden",),
+        ("stream",),
         "ones",
         "gpt_neox.final_layer_norm.weight",
         "{norm}.norm.weight",
     ),
     Parameter(
         "final_layer_norm/bias",
-        ("hidden",),
+        ("stream",),
         "zeros",
         "gpt_neox.final_layer_norm.bias",
         "{norm}.norm.bias",
@@ -154,9 +158,20 @@ def items(params: Params) -> Iterator[tuple[Parameter, Any]]:
         yield parameter, flat[parameter.path]
 
 
+def map_parameters(f: Callable[..., Any], params: Params, *rest: Params) -> Params:
+    """The tree of `f(parameter, value, …)`, a row of the table beside its place in each tree."""
+    flat = [traverse_util.flatten_dict(part, sep="/") for part in (params, *rest)]
+    return tree(lambda p: f(p, *(values[p.path] for values in flat)))
+
+
 def abstract(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Params:
     """Shapes and dtypes of the parameters; no memory is taken."""
     return tree(lambda p: jax.ShapeDtypeStruct(p.shape(config), dtype))
+
+
+def shardings(mesh: Mesh) -> Params:
+    """Where each parameter lies on a mesh."""
+    return tree(lambda p: sharding.sharding(mesh, p.axes))
 
 
 def decay_mask() -> Params:

@@ -4,12 +4,15 @@
 state or, with `archive: params`, the parameters alone. `resume/<step>/` holds whole states
 between them, the newest few. A checkpoint is written under a temporary name and moved in place
 when complete, and moved out of its place before it is deleted: a process killed at any moment
-leaves no half of one under the name of a step.
+leaves no half of one under the name of a step. Beside each lie digests of its arrays, formed anew
+when it is read: one that is damaged is named, passed over and moved aside to `<step>.damaged`,
+which nothing reads and nothing deletes.
 """
 
 import logging
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,179 +25,306 @@ from pythia_jax.configs import RunConfig
 from pythia_jax.model import parameters
 from pythia_jax.model.parameters import Params
 from pythia_jax.training import provenance
-from pythia_jax.training.step import TrainState, abstract_state
+from pythia_jax.training.agreement import all_say, from_first
+from pythia_jax.training.digests import Digests, digests, name_of
+from pythia_jax.training.step import TrainState
+from pythia_jax.training.stored import DamagedError, read_about, read_state, sealed
 
 log = logging.getLogger(__name__)
 
+SCHEDULED, RESUME = "checkpoints", "resume"
+"""Folders of a run folder that hold checkpoints."""
 DELETED = ".deleted"
-"""Folder inside resume/ that old states are moved into, in one go, before they are deleted."""
+"""Folder inside them that old states are moved into, in one go, before they are deleted."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written. What was complete before it is untouched."""
 
 
 class Checkpoints:
     """The checkpoints of one run folder. A context manager: leaving it waits for pending writes.
 
-    What a killed process left half-written or half-deleted is cleared away.
+    like: the state that is saved and restored: shapes, dtypes and shardings of its arrays
+    (`ShapeDtypeStruct`). Restoring puts them there, whatever mesh they were saved from.
+
+    In a run of several processes all of them make one and call it alike. What a killed process
+    left half-written or half-deleted is cleared away.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
+    def __init__(self, config: RunConfig, like: TrainState) -> None:
+        self._config, self._like = config, like
         self._steps = frozenset(config.checkpoint_steps)
         # Orbax wants absolute paths.
-        folder = Path(config.checkpoint.directory).absolute()
-        self._deleted = folder / "resume" / DELETED
+        self._folder = provenance.run_folder_of(config)
         self._clear_deleted()
-        self._scheduled = _manager(folder / "checkpoints", keep=None)
-        self._resume = _manager(folder / "resume", keep=config.checkpoint.keep_resume)
-        self._is_whole: dict[int, bool] = {}  # of scheduled steps, as far as looked at
-        self._can_resume = self._newest_whole() is not None
-        self._last_full = time.monotonic()
+        self._managers = {
+            SCHEDULED: _manager(self._folder / SCHEDULED, keep=None),
+            RESUME: _manager(self._folder / RESUME, keep=config.checkpoint.keep_resume),
+        }
+        # What lies at steps beyond this one was left by a line of training that is given up.
+        self._start: int | None = None
+        self._saved: set[tuple[str, int]] = set()
+        self._whole: set[int] = set()  # steps that training can go on from
+        self._last_whole = time.monotonic()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._scheduled.close()
-        self._resume.close()
-        shutil.rmtree(self._deleted, ignore_errors=True)
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        failures = []
+        for name, manager in self._managers.items():
+            try:
+                manager.close()
+            except Exception as error:
+                failures.append(self._unwritten(f"{name}/", error))
+        if not failures:
+            self._clear_deleted(folder_too=True)
+        elif kind is None:
+            raise failures[0]
+        else:  # what is under way already says more
+            log.error("%s", failures[0])
 
-    def due(self, step: int) -> bool:
-        """Whether something should be saved at this step: it is scheduled, or time has passed."""
-        return step in self._steps or self._resume_due()
+    def restore_newest(self) -> tuple[int, TrainState] | None:
+        """The newest step that training can go on from, and its state; None for a fresh start.
 
-    def _resume_due(self) -> bool:
-        minutes = (time.monotonic() - self._last_full) / 60
-        return minutes >= self._config.checkpoint.resume_every_minutes
+        A checkpoint that is damaged is named in a warning, and the one before it is taken; once
+        one is good, the damaged are moved aside. To be called once, before anything is saved.
 
-    def save(self, step: int, state: TrainState, *, leaving: bool = False) -> None:
-        """Save what is due at `step`; when `leaving`, make sure that training can go on from it.
-
-        Returns while the write goes on in the background; an error in it surfaces at the next
-        save or when the context is left.
+        Raises RuntimeError, with nothing moved or deleted, if what there is can not be gone on
+        from: all damaged, or beyond step 0 but of parameters alone. Starting again would lose
+        what they have behind them.
         """
-        scheduled = step in self._steps
-        archive_whole = self._config.checkpoint.archive == "state"
-        there = step in self._scheduled.all_steps()
-        whole = scheduled and (self._whole(step) if there else archive_whole)
-        # The first archived parameters go with a whole state, or a run that is killed before
-        # the clock brings one could not go on.
-        wanted = leaving or self._resume_due() or (scheduled and not self._can_resume)
-        if wanted and not whole and step not in self._resume.all_steps():
-            self._write(self._resume, step, state, whole=True)
-            if not self._can_resume:
-                self._resume.wait_until_finished()
-            whole = True
-        if scheduled and not there:
-            tree = state if archive_whole else {"params": state.params}
-            self._write(self._scheduled, step, tree, whole=archive_whole)
-            self._is_whole[step] = archive_whole
-        if whole:
-            self._can_resume = True
-            self._last_full = time.monotonic()
-
-    def _write(self, manager: ocp.CheckpointManager, step: int, tree: Any, *, whole: bool) -> None:
-        self._clear_deleted()
-        about = {**provenance.surroundings(self._config), "whole": whole}
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(tree),  # type: ignore[call-arg]
-            surroundings=ocp.args.JsonSave(about),  # type: ignore[call-arg]
-        )
-        manager.save(step, args=args, force=True)
-
-    def _clear_deleted(self) -> None:
-        # Orbax may be moving another step into the folder, so the folder itself stays.
-        for path in self._deleted.glob("*"):
-            shutil.rmtree(path)
-
-    def newest(self) -> int | None:
-        """The newest step that training can resume from; None where nothing was saved yet.
-
-        Raises RuntimeError if there are checkpoints beyond step 0, but of parameters alone:
-        starting again would lose what they have behind them.
-        """
-        newest, scheduled = self._newest_whole(), self._scheduled.all_steps()
-        if newest is None and max(scheduled, default=0) > 0:
-            there = ", ".join(map(str, sorted(scheduled)))
+        damaged: list[Path] = []
+        light: list[int] = []
+        for kind, step in self._newest_first():
+            path = self._folder / kind / str(step)
+            try:
+                about = self._read_about(path)
+                if not about["whole"]:
+                    light.append(step)
+                    continue
+                state = read_state(path, self._like, about["digests"])
+            except DamagedError as error:
+                log.warning("damaged, so not used, looking for an older one: %s", error)
+                damaged.append(path)
+                continue
+            self._begin(step, whole=True)
+            self._move_aside(damaged)
+            self._tell(step, about)
+            return step, state
+        if damaged:
+            names = ", ".join(str(path) for path in damaged)
             raise RuntimeError(
-                f"{self._scheduled.directory}: holds steps {there}, but of each the parameters "
+                f"no checkpoint to go on from; damaged: {names}. Bring one back from a copy, or "
+                "choose another checkpoint.directory to start from step 0"
+            )
+        if max(light, default=0) > 0:
+            there = ", ".join(map(str, sorted(light)))
+            raise RuntimeError(
+                f"{self._folder / SCHEDULED}: holds steps {there}, but of each the parameters "
                 "alone (archive: params), and resume/ beside it holds no state: training cannot go "
                 "on from them. Choose another checkpoint.directory to start from step 0"
             )
-        return newest
+        self._begin(-1, whole=False)
+        return None
 
-    def _newest_whole(self) -> int | None:
-        resume, scheduled = self._resume.all_steps(), self._scheduled.all_steps()
-        steps = sorted({*resume, *scheduled}, reverse=True)
-        return next((step for step in steps if step in resume or self._whole(step)), None)
+    def scheduled(self, step: int) -> bool:
+        """Whether the config wants a checkpoint of this step kept for good."""
+        return step in self._steps
 
-    def _whole(self, step: int) -> bool:
-        """Whether a scheduled checkpoint holds the whole state, whatever `archive` says now."""
-        if step not in self._is_whole:
-            self._is_whole[step] = _about(self._scheduled, step).get("whole", False)
-        return self._is_whole[step]
+    def clock_due(self) -> bool:
+        """Whether it is time for a state to resume from, by this process's clock."""
+        minutes = (time.monotonic() - self._last_whole) / 60
+        return minutes >= self._config.checkpoint.resume_every_minutes
 
-    def restore(self, step: int) -> TrainState:
-        """The whole state of a step; says how exactly the run goes on from it."""
-        manager = self._resume if step in self._resume.all_steps() else self._scheduled
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-            abstract_state(self._config),
-        )
+    def check(self) -> None:
+        """Raise CheckpointError if a write in the background has failed; cheap, for every step."""
+        for name, manager in self._managers.items():
+            try:
+                manager.check_for_errors()
+            except Exception as error:
+                raise self._unwritten(f"{name}/", error) from error
+
+    def save(self, step: int, state: TrainState, *, resume: bool) -> None:
+        """Save what is scheduled at `step`; with `resume`, make sure training can go on from it.
+
+        Returns while the write goes on in the background: the arrays of `state` may be given up,
+        and an error surfaces at `check`, at the next save or when the context is left. Raises
+        CheckpointError.
+        """
+        self.check()
+        archive_whole = self._config.checkpoint.archive == "state"
+        archive = self.scheduled(step) and not self._is_kept(SCHEDULED, step)
+        # The first archived parameters go with a whole state, or a run that is killed before
+        # the clock brings one could not go on.
+        wanted = resume or (self.scheduled(step) and not self._whole)
+        to_resume = wanted and step not in self._whole and not (archive and archive_whole)
+        if not archive and not to_resume:
+            return
+        found = digests(state)
+        if to_resume and not self._is_kept(RESUME, step):
+            self._write(RESUME, step, state, found, whole=True)
+            if not self._whole:
+                self._wait(RESUME)
+        if archive:
+            tree = state if archive_whole else {"params": state.params}
+            self._write(SCHEDULED, step, tree, found, whole=archive_whole)
+        if to_resume or archive_whole:
+            self._whole.add(step)
+            self._last_whole = time.monotonic()
+
+    def _is_kept(self, kind: str, step: int) -> bool:
+        """Whether a step lies there to stay; what a given-up line of training left is deleted."""
+        if self._start is None:
+            raise RuntimeError("restore_newest() comes before the first save")
+        manager = self._managers[kind]
+        if step not in manager.all_steps():
+            return False
+        if step <= self._start or (kind, step) in self._saved:
+            return True
+        log.info("%s/%d is of a run that was cut off; it is written anew", kind, step)
+        manager.delete(step)
+        return False
+
+    def _write(self, kind: str, step: int, tree: Any, found: Digests, *, whole: bool) -> None:
+        self._clear_deleted()
+        names = [name_of(path) for path, _ in jax.tree.leaves_with_path(tree)]
+        about = {
+            **provenance.surroundings(self._config, self._sharding()),
+            "step": step,
+            "whole": whole,
+            "digests": {name: found[name] for name in names},
+        }
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(  # type: ignore[call-arg]
-                item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-            )
+            state=ocp.args.PyTreeSave(tree),  # type: ignore[call-arg]
+            surroundings=ocp.args.JsonSave(sealed(about)),  # type: ignore[call-arg]
         )
-        state = manager.restore(step, args=args)["state"]
-        now = provenance.surroundings(self._config)
-        if changed := provenance.changed_surroundings(_about(manager, step), now):
+        try:
+            self._managers[kind].save(step, args=args, force=True)
+        except Exception as error:
+            raise self._unwritten(f"{kind}/{step}", error) from error
+        self._saved.add((kind, step))
+
+    def _wait(self, kind: str) -> None:
+        try:
+            self._managers[kind].wait_until_finished()
+        except Exception as error:
+            raise self._unwritten(f"{kind}/", error) from error
+
+    def _unwritten(self, what: str, error: Exception) -> CheckpointError:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return CheckpointError(
+            f"{self._folder / what}: a checkpoint could not be written ({lines[0][:500]}). Those "
+            "complete before it are untouched: make room or mend the storage, and start again"
+        )
+
+    def _newest_first(self) -> Iterator[tuple[str, int]]:
+        """Folders and steps of the checkpoints there are, as process 0 sees them."""
+        kinds = (RESUME, SCHEDULED)
+        there = [(step, i) for i, k in enumerate(kinds) for step in self._managers[k].all_steps()]
+        there.sort(key=lambda found: (-found[0], found[1]))
+        flat = from_first([number for found in there for number in found])
+        for step, i in zip(flat[::2], flat[1::2], strict=True):
+            yield kinds[i], step
+
+    def _read_about(self, path: Path) -> dict[str, Any]:
+        about, failure = {}, None
+        try:
+            about = read_about(path)
+        except DamagedError as error:
+            failure = error
+        if not all_say(failure is None):
+            raise failure or DamagedError(f"{path}: another process cannot read it")
+        return about
+
+    def _begin(self, step: int, *, whole: bool) -> None:
+        self._start = step
+        self._whole = {step} if whole else set()
+        self._last_whole = time.monotonic()
+
+    def _move_aside(self, damaged: list[Path]) -> None:
+        if not damaged:
+            return
+        if jax.process_index() == 0:
+            for path in damaged:
+                target, more = path.with_name(f"{path.name}.damaged"), 1
+                while target.exists():
+                    more += 1
+                    target = path.with_name(f"{path.name}.damaged-{more}")
+                path.rename(target)
+                log.warning("moved aside: %s; delete it when you have no more use for it", target)
+        all_say(True)  # the others look only after that
+        for manager in self._managers.values():
+            manager.reload()
+
+    def _tell(self, step: int, about: dict[str, Any]) -> None:
+        now = provenance.surroundings(self._config, self._sharding())
+        if changed := provenance.changed_surroundings(about, now):
             was = ", ".join(changed)
             log.warning("resumed from step %d, equal to rounding only: %s", step, was)
         else:
             log.info("resumed from step %d, bit for bit", step)
-        return state
 
+    def _sharding(self) -> jax.sharding.Sharding:
+        return jax.tree.leaves(self._like.params)[0].sharding
 
-def _about(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """What was saved beside a state: the surroundings it was computed in, whether it is whole."""
-    args = ocp.args.Composite(surroundings=ocp.args.JsonRestore())  # type: ignore[call-arg]
-    return manager.restore(step, args=args)["surroundings"]
+    def _clear_deleted(self, *, folder_too: bool = False) -> None:
+        # Orbax may be moving another step into the folder, so the folder itself stays.
+        if jax.process_index() != 0:
+            return
+        for kind in (SCHEDULED, RESUME):
+            folder = self._folder / kind / DELETED
+            for path in [folder] if folder_too else folder.glob("*"):
+                shutil.rmtree(path, ignore_errors=folder_too)
 
 
 def load_params(
     folder: Path, config: RunConfig, step: int | None, dtype: DTypeLike
 ) -> tuple[int, Params]:
-    """The parameters alone of a step of a run folder (the newest if None), in `dtype`.
+    """The parameters alone of a step of a run folder (the newest good one if None), in `dtype`.
 
-    Raises FileNotFoundError, naming the steps there are, for one that is not there.
+    Raises FileNotFoundError, naming the steps there are, for one that is not there, and
+    DamagedError for one that is not what was saved; the newest is passed over, with a warning, if
+    there are others.
     """
-    assert config.model is not None
     folder = folder.absolute()
     places = {
         int(path.name): path
-        for kind in ("resume", "checkpoints")
+        for kind in (RESUME, SCHEDULED)
         for path in (folder / kind).glob("*")
         if path.name.isdigit()
     }
     if not places:
         raise FileNotFoundError(f"{folder}: no checkpoint in it yet")
-    step = max(places) if step is None else step
-    if step not in places:
+    if step is not None and step not in places:
         there = ", ".join(map(str, sorted(places)))
         raise FileNotFoundError(f"{folder}: no checkpoint of step {step}; there are {there}")
-    target = {"params": parameters.abstract(config.model, dtype)}
+    if step is not None:
+        return step, _params_at(places[step], config, dtype)
+    for newest in sorted(places, reverse=True):
+        try:
+            return newest, _params_at(places[newest], config, dtype)
+        except DamagedError as error:
+            log.warning("damaged, so not used, looking for an older one: %s", error)
+    names = ", ".join(str(places[step]) for step in sorted(places))
+    raise DamagedError(f"{folder}: every checkpoint in it is damaged: {names}")
+
+
+def _params_at(path: Path, config: RunConfig, dtype: DTypeLike) -> Params:
+    """Restored one array at a time: only one is there in float32 beside those in `dtype`."""
+    assert config.model is not None
+    saved = read_about(path)["digests"]
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    restore_args = jax.tree.map(
-        lambda x: ocp.ArrayRestoreArgs(sharding=device, dtype=jnp.dtype(x.dtype)), target
-    )
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        found = checkpointer.restore(
-            places[step] / "state",
-            args=ocp.args.PyTreeRestore(  # type: ignore[call-arg]
-                item=target, restore_args=restore_args, partial_restore=True
-            ),
-        )
-    return step, found["params"]
+
+    def restored(where: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        tree: Any = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        for key in reversed(where):
+            tree = {key.key: tree}
+        found = read_state(path, {"params": tree}, saved)
+        return jax.tree.leaves(found)[0].astype(dtype)
+
+    return jax.tree.map_with_path(restored, parameters.abstract(config.model, jnp.float32))
 
 
 def _manager(folder: Path, keep: int | None) -> ocp.CheckpointManager:
@@ -204,5 +334,14 @@ def _manager(folder: Path, keep: int | None) -> ocp.CheckpointManager:
         enable_async_checkpointing=True,
         cleanup_tmp_directories=True,
         todelete_subdir=DELETED,
+        # Two managers write at once: each needs barriers of its own between processes.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            barrier_sync_key_prefix=folder.name
+        ),
+        # Made in the background, folders that cannot be made leave threads behind that wait for
+        # them, and keep the process from ending for ten minutes.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        # What lies beside a damaged checkpoint must not stop us from finding the others.
+        lightweight_initialize=True,
     )
     return ocp.CheckpointManager(folder, options=options)

@@ -27,18 +27,34 @@ FREE = {
 """Keys that may change while a run goes on, in the sections that decide it."""
 
 
-def surroundings(config: RunConfig) -> dict[str, Any]:
-    """What the last bits of a run depend on, besides the keys that must not change."""
+def run_folder_of(config: RunConfig) -> Path:
+    """The run folder, absolute. Raises ConfigError for a URL, which would become a local folder."""
+    directory = config.checkpoint.directory
+    if "://" in directory:
+        raise ConfigError(
+            f"checkpoint.directory: {directory!r} is on a bucket, and a run folder cannot be: its "
+            "lock and its metrics want a file system. Give a folder that all processes see, or "
+            "mount the bucket"
+        )
+    return Path(directory).absolute()
+
+
+def surroundings(config: RunConfig, sharding: jax.sharding.Sharding) -> dict[str, Any]:
+    """What the last bits of a run depend on, besides the keys that must not change.
+
+    sharding: of any of its parameters; it tells the mesh and the devices.
+    """
     affinity = getattr(os, "sched_getaffinity", None)
+    # One device by itself is a mesh of ones.
+    shape = sharding.mesh.shape if isinstance(sharding, jax.sharding.NamedSharding) else {}
     cpus = sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
     return {
         "jax": jax.__version__,
         "platform": jax.default_backend(),
-        "device_kind": jax.local_devices()[0].device_kind,
-        "devices": jax.device_count(),
+        "device_kind": next(iter(sharding.device_set)).device_kind,
+        "devices": len(sharding.device_set),
         "processes": jax.process_count(),
-        # One device serves a run, whatever the config leaves open with -1.
-        "mesh": {axis.name: 1 for axis in dataclasses.fields(MeshConfig)},
+        "mesh": {axis.name: shape.get(axis.name, 1) for axis in dataclasses.fields(MeshConfig)},
         "runtime": dataclasses.asdict(config.runtime),
         "cores": len(cpus),
         "cpus": cpus,

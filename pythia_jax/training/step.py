@@ -7,11 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
 
+from pythia_jax import sharding
 from pythia_jax.configs import RunConfig
+from pythia_jax.model import parameters
 from pythia_jax.model.loss import loss
-from pythia_jax.model.parameters import Params, init_parameters
+from pythia_jax.model.parameters import Parameter, Params, init_parameters, map_parameters
+from pythia_jax.training import loss_scale
+from pythia_jax.training.loss_scale import LossScale
 from pythia_jax.training.optimizer import optimizer
 
 
@@ -20,24 +25,57 @@ class TrainState:
     """All that training carries from step to step; everything float32 but the counters.
 
     step: batches taken so far, which is also the number of the checkpoint that this state is.
+    loss_scale: of float16, else None. halted: a step gave no number and `on_nonfinite` is `stop`;
+    no later step changes anything.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: Any
+    loss_scale: LossScale | None
+    halted: Bool[Array, ""]
+
+    @property
+    def updates(self) -> Int[Array, ""]:
+        """Updates made so far: the place in the learning-rate schedule. Skipped steps make none."""
+        return self.opt_state[-1].count
 
 
 def init_state(config: RunConfig) -> TrainState:
-    """Checkpoint 0: fresh parameters from `training.seed`, an optimizer that has seen nothing."""
+    """Checkpoint 0: fresh parameters from `training.seed`, an optimizer that has seen nothing.
+
+    On a mesh (`jax.set_mesh`, inside `jax.jit`) each device makes its own part alone.
+    """
     assert config.model is not None
     params = init_parameters(config.model, jax.random.key(config.training.seed))
-    opt_state = optimizer(config.optimizer, config.training.steps).init(params)
-    return TrainState(step=jnp.zeros([], jnp.int32), params=params, opt_state=opt_state)
+    return _placed(
+        config,
+        TrainState(
+            step=jnp.zeros([], jnp.int32),
+            params=params,
+            opt_state=optimizer(config.optimizer, config.training.steps).init(params),
+            loss_scale=loss_scale.initial() if config.training.precision == "float16" else None,
+            halted=jnp.zeros([], bool),
+        ),
+    )
 
 
-def abstract_state(config: RunConfig) -> TrainState:
-    """Shapes and dtypes of the state, without its memory."""
-    return jax.eval_shape(partial(init_state, config))
+def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
+    """Shapes and dtypes of the state, without its memory; on a mesh, also where each part lies."""
+    state = jax.eval_shape(partial(init_state, config))
+    if mesh is None:
+        return state
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        state,
+        state_shardings(config, mesh),
+    )
+
+
+def state_shardings(config: RunConfig, mesh: Mesh) -> TrainState:
+    """Where each array of the state lies on a mesh: moments as their parameter, counters whole."""
+    state = abstract_state(config)
+    return _by_parameter(config, state, lambda _, axes: sharding.sharding(mesh, axes))
 
 
 def train_step(
@@ -51,39 +89,117 @@ def train_step(
 
     weights multiply each row's summed loss; the divisor stays batch x seq.
 
-    Returns the new state and the metrics `loss` (nats, before the update) and `grad_norm`
-    (global, before clipping).
+    A loss or gradient that is no finite number makes no update. In float16 that is an overflow,
+    which lowers the loss scale; otherwise, `on_nonfinite` decides whether the batch is skipped or
+    the state halts.
+
+    Returns the new state and the metrics `loss` (nats, before the update), `grad_norm` (global,
+    before clipping), `updates` (made before this step), `updated`, `halted` and, in float16,
+    `loss_scale` (that of this step).
     """
-    value, gradients = loss_and_gradients(state.params, tokens, weights, config=config)
+    scale = state.loss_scale
+    factor = None if scale is None else scale.scale
+    value, gradients = loss_and_gradients(state.params, tokens, weights, factor, config=config)
+    finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradients))
+    fatal = ~finite
+    if scale is not None:
+        fatal = loss_scale.exhausted(scale, ~finite)
+        scale = loss_scale.after(scale, ~finite, state.step)
+        # By the scale after the step, as upstream: where it doubles, the gradient counts half.
+        gradients = loss_scale.unscaled(gradients, scale.scale)
+    halted = state.halted | (fatal if config.training.on_nonfinite == "stop" else False)
+    metrics = {
+        "loss": value,
+        "grad_norm": optax.tree.norm(gradients),
+        "updates": state.updates,
+        "updated": finite & ~halted,
+        "halted": halted,
+    }
+    if factor is not None:
+        metrics["loss_scale"] = factor
     transform = optimizer(config.optimizer, config.training.steps)
     updates, opt_state = transform.update(gradients, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
-    metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients)}
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    updated = state.replace(params=params, opt_state=opt_state)  # type: ignore[attr-defined]
+    taken = _where(finite, updated, state).replace(step=state.step + 1, loss_scale=scale)
+    return _placed(config, _where(halted, state, taken).replace(halted=halted)), metrics
 
 
 def loss_and_gradients(
-    params: Params, tokens: jax.Array, weights: jax.Array | None, *, config: RunConfig
+    params: Params,
+    tokens: jax.Array,
+    weights: jax.Array | None,
+    scale: jax.Array | None = None,
+    *,
+    config: RunConfig,
 ) -> tuple[jax.Array, Params]:
     """Mean loss and its gradient over the batch, by `gradient_accumulation` microbatches.
 
-    Microbatches are taken in the order of the rows, as GPT-NeoX's sampler deals them out.
+    Microbatches are taken in the order of the rows, as GPT-NeoX's sampler deals them out. scale
+    multiplies the gradient, not the loss returned. It enters with the weights: float16 would
+    flush a cotangent that is first divided by the number of tokens.
     """
     assert config.model is not None
     value_and_grad = jax.value_and_grad(partial(loss, config=config.model, runtime=config.runtime))
     parts = config.training.gradient_accumulation
-    if parts == 1:
-        return value_and_grad(params, tokens, weights=weights)
-    weights = jnp.ones(tokens.shape[0]) if weights is None else weights
+    factor = jnp.float32(1 / parts) if scale is None else scale / parts
+    if parts == 1 and scale is None:
+        value, gradients = value_and_grad(params, tokens, weights=weights)
+        return value, _like_parameters(gradients)
+    weights = factor * (jnp.ones(tokens.shape[0]) if weights is None else weights)
 
     def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(params, part[0], weights=part[1])), None
+        value, gradients = value_and_grad(params, part[0], weights=part[1])
+        return jax.tree.map(jnp.add, total, (value, _like_parameters(gradients))), None
 
-    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (tokens, weights))
-    zeros = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add, zeros, split)
-    return jax.tree.map(lambda x: x / parts, total)
+    zeros = (jnp.zeros([]), _like_parameters(jax.tree.map(jnp.zeros_like, params)))
+    (value, gradients), _ = jax.lax.scan(add, zeros, microbatches((tokens, weights), parts))
+    return value if scale is None else value / scale, gradients
+
+
+def microbatches(batch: Any, parts: int) -> Any:
+    """Arrays `[batch, …]` as `[parts, batch / parts, …]`, each part over all devices."""
+
+    def split(x: jax.Array) -> jax.Array:
+        axes = ("layers", "batch", *["seq"] * (x.ndim - 1))  # parts are taken one by one, as layers
+        return sharding.constrain(x.reshape(parts, -1, *x.shape[1:]), axes)
+
+    return jax.tree.map(split, batch)
 
 
 jitted_train_step = jax.jit(train_step, static_argnames="config", donate_argnames="state")
-"""`train_step`, compiled once a config; the state passed in is given up."""
+"""`train_step`, compiled once a config and mesh; the state passed in is given up."""
+
+
+def _by_parameter(config: RunConfig, state: TrainState, f: Any) -> TrainState:
+    """`f(array, logical axes)` of every array: counters have no axes."""
+
+    def whole(x: Any) -> Any:
+        return f(x, ())
+
+    def like_parameters(x: Any, parameter: Parameter) -> Any:
+        return f(x, parameter.axes)
+
+    table = parameters.tree(lambda p: p)
+    opt_state = optax.tree.map_params(
+        optimizer(config.optimizer, config.training.steps),
+        like_parameters,
+        state.opt_state,
+        table,
+        transform_non_params=whole,
+    )
+    counters = jax.tree.map(whole, state.replace(params=None, opt_state=None))  # type: ignore
+    params = jax.tree.map(like_parameters, state.params, table)
+    return counters.replace(params=params, opt_state=opt_state)
+
+
+def _placed(config: RunConfig, state: TrainState) -> TrainState:
+    return _by_parameter(config, state, sharding.constrain)
+
+
+def _like_parameters(gradients: Params) -> Params:
+    return map_parameters(lambda p, x: sharding.constrain(x, p.axes), gradients)
+
+
+def _where(condition: jax.Array, yes: TrainState, no: TrainState) -> Any:
+    return jax.tree.map(partial(jnp.where, condition), yes, no)

@@ -1,5 +1,6 @@
 """Training: from a config to a run folder, and on from wherever an earlier attempt got to."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator
@@ -9,18 +10,32 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
-from pythia_jax import data
+from pythia_jax import data, sharding
 from pythia_jax.configs import ConfigError, RunConfig
+from pythia_jax.data.order_cache import cache_folder
 from pythia_jax.data.verify import check_ids
 from pythia_jax.files import locked
+from pythia_jax.model import attention
 from pythia_jax.model.loss import loss
 from pythia_jax.model.parameters import Params
 from pythia_jax.training.checkpoints import Checkpoints
-from pythia_jax.training.feed import read_ahead
+from pythia_jax.training.diagnosis import diagnosed
+from pythia_jax.training.feed import GlobalBatches, read_ahead
 from pythia_jax.training.optimizer import learning_rate
+from pythia_jax.training.pod import Vote, is_first
+from pythia_jax.training.preemption import Preempted, notices
+from pythia_jax.training.profiling import Profile
 from pythia_jax.training.provenance import enter_run
-from pythia_jax.training.step import TrainState, init_state, jitted_train_step
+from pythia_jax.training.records import require_wandb
+from pythia_jax.training.step import (
+    TrainState,
+    abstract_state,
+    init_state,
+    jitted_train_step,
+    microbatches,
+)
 from pythia_jax.training.telemetry import Telemetry, plot_loss
 
 log = logging.getLogger(__name__)
@@ -37,58 +52,119 @@ class TrainResult:
 
 
 def train(
-    config: RunConfig, *, stop_at: int | None = None, show_progress: bool = True
+    config: RunConfig,
+    *,
+    stop_at: int | None = None,
+    show_progress: bool = True,
+    profile_steps: int = 0,
 ) -> TrainResult:
     """Train to `training.steps`, going on from the run folder's newest checkpoint if it has one.
 
-    stop_at: leave at this step, with everything saved to go on from it.
+    stop_at: leave at this step, with everything saved to go on from it. profile_steps: so many
+    steps, after the first, are traced into `profile/` of the run folder.
 
     Writes checkpoints, metrics.jsonl, TensorBoard events, config.yaml, data.json, tokenizer.json
-    and loss.png into `checkpoint.directory`. Raises ConfigError if the folder holds another run,
-    RuntimeError if it holds checkpoints but none to go on from, and NonFiniteError if the loss
-    stops being a number.
-    """
-    if stop_at is not None and stop_at < 0:
-        raise ValueError(f"stop_at: {stop_at} is no step of a run; they count from 0")
-    if config.model is None:
-        raise ConfigError("model: missing; a training run needs one (for example size: 70m)")
-    folder = Path(config.checkpoint.directory)
-    last = config.training.steps
-    stop = last if stop_at is None else min(stop_at, last)
-    batches = data.batches(config, "train")
-    validation = data.batches(config, "validation") if config.data.has("validation") else None
-    check_data(config)
-    schedule = learning_rate(config.optimizer, config.training.steps)
+    and loss.png into `checkpoint.directory`. Runs on all devices of all processes, as `mesh` says.
 
-    with run_folder(config), Checkpoints(config) as checkpoints:
-        resumed = checkpoints.newest()
-        state = jitted_init(config) if resumed is None else checkpoints.restore(resumed)
-        start = 0 if resumed is None else resumed
-        feed = read_ahead(batches, start, stop)
-        with Telemetry(config, start, schedule, show_progress) as telemetry:
+    Raises ConfigError if the folder holds another run or the mesh does not fit, RuntimeError if
+    it holds checkpoints but none to go on from, NonFiniteError if the loss stops being a number,
+    CheckpointError if a checkpoint cannot be written, and Preempted, with everything saved, when
+    the process is told to leave.
+    """
+    began = time.perf_counter()
+    stop = last_step(config, stop_at)
+    mesh = sharding.make_mesh(config.mesh)
+    asked, config = config, on_devices(config, mesh)
+    keep_compiled()
+    folder = Path(config.checkpoint.directory)
+    batches = GlobalBatches(data.batches(config, "train"), mesh)
+    validation = None
+    if config.data.has("validation"):
+        validation = GlobalBatches(data.batches(config, "validation"), mesh)
+    check_data(config)
+    require_wandb(config)
+    schedule = learning_rate(config.optimizer, config.training.steps)
+    like = abstract_state(config, mesh)
+
+    with (
+        jax.set_mesh(mesh),
+        run_folder(asked),
+        Checkpoints(config, like) as checkpoints,
+        notices() as notice,
+    ):
+        resumed, state = checkpoints.restore_newest() or (None, fresh_state(config, mesh))
+        step = start = resumed or 0
+        leave, pod, feed = False, Vote(mesh), read_ahead(batches, start, stop)
+        with (
+            Telemetry(config, start, schedule, show_progress, began=began) as telemetry,
+            Profile(folder / "profile", start + 1, profile_steps) as profile,
+            diagnosed(config, batches, lambda: state),
+        ):
             for step in range(start, stop + 1):
+                leave, save = pod.vote(notice.received, checkpoints.clock_due())
+                checkpoints.check()
                 # Before the checkpoint: none is written of a loss that is no number.
                 if validation is not None and evaluation_due(config, step):
                     telemetry.flush()
                     value = held_out_loss(state.params, config, validation, step)
                     telemetry.write(step, {"validation_loss": value})
                     telemetry.restart_clock()
-                if checkpoints.due(step) or step == stop:
+                if checkpoints.scheduled(step) or save or leave or step == stop:
                     telemetry.flush()
-                    checkpoints.save(step, state, leaving=step == stop)
+                    checkpoints.save(step, state, resume=save or leave or step == stop)
                     telemetry.restart_clock()
-                if step >= stop:
+                if leave or step >= stop:
                     break
-                asked = time.perf_counter()
+                before = time.perf_counter()
                 tokens = next(feed)
-                waited = time.perf_counter() - asked
+                waited = time.perf_counter() - before
+                profile.step(step, state)
                 state, metrics = jitted_train_step(state, tokens, config=config)
                 telemetry.step(step, metrics, waited)
-        plot_loss(folder, config.name)
-    return TrainResult(folder, max(start, stop), state, resumed)
+        if is_first():
+            plot_loss(folder, config.name)
+    if leave and step < stop:
+        why = notice.reason or "another process was told to leave"
+        raise Preempted(f"{folder}: {why}; saved at step {step}, start again to go on")
+    return TrainResult(folder, step, state, resumed)
 
 
-jitted_init = jax.jit(init_state, static_argnums=0)
+def last_step(config: RunConfig, stop_at: int | None) -> int:
+    if stop_at is not None and stop_at < 0:
+        raise ValueError(f"stop_at: {stop_at} is no step of a run; they count from 0")
+    if config.model is None:
+        raise ConfigError("model: missing; a training run needs one (for example size: 70m)")
+    last = config.training.steps
+    return last if stop_at is None else min(stop_at, last)
+
+
+def on_devices(config: RunConfig, mesh: Mesh) -> RunConfig:
+    """The config with the attention kernel that serves on these devices, once all of it fits them.
+
+    Raises ConfigError for a mesh that cannot cut the model or the batch, ValueError for a kernel
+    asked for by name that cannot run.
+    """
+    assert config.model is not None
+    training = config.training
+    sharding.check_fit(mesh, config.model, training.batch_size // training.gradient_accumulation)
+    device = mesh.devices.flat[0]
+    runtime = attention.resolve(
+        config.runtime, config.model, device.platform, device_kind=device.device_kind
+    )
+    chosen = dataclasses.replace(training, attention=runtime.attention)
+    return dataclasses.replace(config, training=chosen)
+
+
+def fresh_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    """Checkpoint 0 on the mesh around us; no process ever holds more than its part."""
+    places = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    return jax.jit(init_state, static_argnums=0, out_shardings=places)(config)
+
+
+def keep_compiled() -> None:
+    """Keep compiled programs on disk, so that a resumed run starts at once."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
 
 
 def evaluation_due(config: RunConfig, step: int) -> bool:
@@ -98,7 +174,7 @@ def evaluation_due(config: RunConfig, step: int) -> bool:
     return step % config.evaluation.every == 0 or step == config.training.steps
 
 
-def held_out_loss(params: Params, config: RunConfig, batches: data.Batches, step: int) -> float:
+def held_out_loss(params: Params, config: RunConfig, batches: GlobalBatches, step: int) -> float:
     """Mean loss in nats over the validation batches that belong to checkpoint `step`.
 
     As upstream, each evaluation takes the `evaluation.steps` batches after those of the one
@@ -112,8 +188,11 @@ def held_out_loss(params: Params, config: RunConfig, batches: data.Batches, step
 
 @partial(jax.jit, static_argnames="config")
 def jitted_loss(params: Params, tokens: jax.Array, *, config: RunConfig) -> jax.Array:
-    assert config.model is not None
-    return loss(params, tokens, config.model, runtime=config.runtime)
+    """Mean loss of a batch, by as many microbatches as training takes it."""
+    model = config.model
+    assert model is not None
+    parts = microbatches(tokens, config.training.gradient_accumulation)
+    return jax.lax.map(lambda part: loss(params, part, model, runtime=config.runtime), parts).mean()
 
 
 def check_data(config: RunConfig) -> None:
@@ -128,7 +207,13 @@ def check_data(config: RunConfig) -> None:
 
 @contextmanager
 def run_folder(config: RunConfig) -> Iterator[None]:
-    """Make or take over the run folder, and keep every other process out of it."""
+    """Make or take over the run folder, and keep every other run out of it.
+
+    One process of a run does so for all of them.
+    """
+    if not is_first():
+        yield
+        return
     folder = Path(config.checkpoint.directory)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:

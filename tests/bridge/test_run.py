@@ -13,8 +13,10 @@ from tokenizers import Tokenizer, models
 import pythia_jax as pj
 from pythia_jax import configs
 from pythia_jax.configs import CheckpointConfig, DataConfig, RunConfig
+from pythia_jax.sharding import make_mesh
 from pythia_jax.training.checkpoints import Checkpoints
-from pythia_jax.training.step import init_state
+from pythia_jax.training.step import abstract_state
+from pythia_jax.training.trainer import fresh_state
 
 
 def write_tokenizer(path: Path, word: str) -> str:
@@ -34,8 +36,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         tokenizer="tokenizer.json",
         checkpoint=CheckpointConfig(directory="run"),
     )
-    with Checkpoints(config) as checkpoints:
-        checkpoints.save(0, init_state(config))
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), Checkpoints(config, abstract_state(config, mesh)) as checkpoints:
+        assert checkpoints.restore_newest() is None
+        checkpoints.save(0, fresh_state(config, mesh), resume=False)
     configs.save(config, "run/config.yaml")
     return tmp_path / "home" / "run"
 

@@ -1,4 +1,12 @@
-"""Attention: both kernels compute one function, and so do their derivatives of every order."""
+"""Attention: the plain kernels compute one function, and so do their derivatives of every order,
+on one device and on a mesh; the chooser never replaces a kernel that was asked for."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +14,9 @@ import numpy as np
 import pytest
 from reference import distance
 
-from pythia_jax.configs import ModelConfig, Runtime
-from pythia_jax.model import attention
+from pythia_jax import sharding
+from pythia_jax.configs import MeshConfig, ModelConfig, Runtime
+from pythia_jax.model import attention, kernels
 from pythia_jax.model.sites import SITES
 
 KERNELS = ("xla", "einsum")
@@ -126,12 +135,69 @@ def shapes_in(jaxpr):
                 yield from shapes_in(inner)
 
 
-@pytest.mark.parametrize(("kernel", "held"), [("xla", False), ("einsum", True)])
-def test_only_einsum_holds_all_scores_forward_and_backward(kernel, held):
+def blocks(platform):
+    """`xla`, as it works on a platform."""
+
+    def run(q, k, v):
+        return attention._blockwise_attention(q * q.shape[-1] ** -0.5, k, v, platform)
+
+    return run
+
+
+PLATFORMS = ("cpu", "tpu", "gpu")
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_every_platforms_blocks_equal_a_softmax_in_float64_and_differentiate_twice(platform):
+    q, k, v = inputs(130)
+    run = jax.jit(blocks(platform))
+    assert np.abs(run(q, k, v) - softmax_attention(q, k, v)).max() <= 2e-6
+
+    def curvature(kernel):
+        gradient = jax.grad(lambda q: (jnp.sin(kernel(q, k, v)) * v).sum())
+        return jax.jit(lambda q: jax.jvp(gradient, (q,), (k,)))(q)
+
+    plain = functools.partial(attend, kernel="einsum")
+    for got, wanted in zip(curvature(blocks(platform)), curvature(plain), strict=True):
+        assert distance(got, wanted) <= 2e-5
+
+
+def holds_all_scores(kernel):
     q, k, v = inputs(512, batch=1, heads=1)
-    jaxpr = jax.make_jaxpr(jax.grad(lambda q: attend(q, k, v, kernel).sum()))(q)
-    whole = any(shape[-2:] == (512, 512) for shape in shapes_in(jaxpr.jaxpr))
-    assert whole == held
+    jaxpr = jax.make_jaxpr(jax.grad(lambda q: kernel(q, k, v).sum()))(q)
+    return any(shape[-2:] == (512, 512) for shape in shapes_in(jaxpr.jaxpr))
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_blocks_never_hold_all_scores_forward_and_backward(platform):
+    assert not holds_all_scores(blocks(platform))
+    assert holds_all_scores(functools.partial(attend, kernel="einsum"))
+
+
+def test_on_a_tpu_blocks_hold_the_scores_of_one_row_at_a_time():
+    q, k, v = inputs(512, batch=4, heads=3)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda q: blocks("tpu")(q, k, v).sum()))(q)
+    scores = [s for s in shapes_in(jaxpr.jaxpr) if len(s) == 4 and s[-2] == 64 and s[-1] > 8]
+    assert scores and {s[:2] for s in scores} == {(1, 3)}
+
+
+def test_kernels_on_a_mesh_equal_those_on_one_device_and_send_nothing():
+    script = Path(__file__).with_name("kernels_on_a_mesh.py")
+    paths = os.pathsep.join([str(script.parents[1]), *sys.path])
+    wanted = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, **wanted},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert set(report) == {"xla", "einsum", "xla on a tpu", "splash"}
+    for kernel, (furthest, collectives) in report.items():
+        assert furthest <= 2e-6, kernel
+        assert collectives == [], kernel
 
 
 @pytest.mark.parametrize("site", ["attn.scores", "attn.pattern"])
@@ -141,11 +207,70 @@ def test_auto_takes_einsum_where_scores_are_wanted_and_says_so(site, caplog):
     assert "einsum" in caplog.text and site in caplog.text
 
 
-def test_auto_takes_blocks_for_all_other_sites_without_a_word(caplog):
+def test_auto_stays_open_for_all_other_sites_without_a_word(caplog):
     others = set(SITES) - {"attn.scores", "attn.pattern"}
     with caplog.at_level("INFO", logger="pythia_jax"):
-        assert attention.choose(Runtime(), others) == "xla"
+        assert attention.choose(Runtime(), others) == "auto"
     assert not caplog.text
+
+
+def test_auto_is_blocks_on_a_cpu():
+    q, k, v = inputs(130)
+    np.testing.assert_array_equal(attend(q, k, v, "auto"), attend(q, k, v, "xla"))
+
+
+@pytest.mark.parametrize("kernel", kernels.FUSED)
+def test_fused_kernel_asked_for_on_a_cpu_is_an_error(kernel):
+    q, k, v = inputs(64, head=64)
+    with pytest.raises(ValueError, match=rf"{kernel!r} runs on.*not on cpu; ask for 'xla'"):
+        attend(q, k, v, kernel)
+
+
+def test_mesh_says_what_will_compute_and_else_the_default_device():
+    here = jax.devices()[0]
+    assert attention._device() == (here.platform, here.device_kind)
+    with jax.default_device(here):
+        assert attention._device() == (here.platform, here.device_kind)
+    with jax.default_device("cpu"):
+        assert attention._device()[0] == "cpu"
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), [here])):
+        assert attention._device() == (here.platform, here.device_kind)
+
+
+SMALL = ModelConfig(512, 2, 8)
+
+
+def test_resolve_names_the_kernel_and_says_so_once(caplog):
+    runtime = Runtime(dtype="bfloat16", remat="full")
+    with caplog.at_level("INFO", logger="pythia_jax"):
+        resolved = attention.resolve(runtime, SMALL, "tpu", "TPU v5 lite")
+    assert resolved == Runtime(dtype="bfloat16", remat="full", attention="splash")
+    assert caplog.messages == ["attention: splash (TPU v5 lite, head size 64, bfloat16)"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "platform", "sites", "wanted"),
+    [
+        ("bfloat16", "gpu", (), "cudnn"),
+        ("float32", "gpu", (), "xla"),
+        (None, "gpu", (), "xla"),
+        ("bfloat16", "cpu", (), "xla"),
+        ("bfloat16", "tpu", ("attn.scores",), "einsum"),
+        ("bfloat16", "tpu", ("attn.z",), "splash"),
+    ],
+)
+def test_resolve_looks_at_dtype_platform_and_sites(dtype, platform, sites, wanted):
+    resolved = attention.resolve(Runtime(dtype=dtype), SMALL, platform, sites=sites)
+    assert resolved.attention == wanted
+
+
+def test_resolve_refuses_what_was_asked_for_and_cannot_be():
+    with pytest.raises(ValueError, match="'splash' runs on TPUs, not on cpu"):
+        attention.resolve(Runtime(attention="splash"), SMALL, "cpu")
+    with pytest.raises(ValueError, match=r"'splash' never holds attn\.pattern"):
+        attention.resolve(Runtime(attention="splash"), SMALL, "tpu", sites=("attn.pattern",))
+    for plain in ("xla", "einsum"):
+        assert attention.resolve(Runtime(attention=plain), SMALL, "tpu").attention == plain
 
 
 @pytest.mark.parametrize("site", ["attn.scores", "attn.pattern"])

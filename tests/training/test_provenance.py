@@ -6,8 +6,10 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from checkpoint_runs import opened
 from small_runs import Make
 
 from pythia_jax import configs, data
@@ -124,14 +126,22 @@ def test_other_surroundings_are_told(
         train(config, stop_at=3, show_progress=False)
     assert "bit for bit" in caplog.text
     real = provenance.surroundings
-    monkeypatch.setattr(provenance, "surroundings", lambda c: {**real(c), "cores": 77})
+    monkeypatch.setattr(provenance, "surroundings", lambda *a: {**real(*a), "cores": 77})
     with caplog.at_level("WARNING", "pythia_jax"):
         train(config, stop_at=4, show_progress=False)
     assert "equal to rounding only" in caplog.text and "-> 77" in caplog.text
 
 
+@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_run_folder_on_a_bucket_is_refused(make_config: Make, url: str) -> None:
+    config = make_config(checkpoint={"directory": url})
+    with pytest.raises(ConfigError, match=rf"checkpoint\.directory: '{url}' is on a bucket"):
+        opened(config)
+
+
 def test_surroundings_are_the_runtime_the_mesh_and_the_cores(make_config: Make) -> None:
-    now = provenance.surroundings(make_config())
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    now = provenance.surroundings(make_config(), one)
     assert now == json.loads(json.dumps(now)), "it must come back from a checkpoint as it went"
     assert now["runtime"]["dtype"] == "float32" and now["runtime"]["remat"] == "none"
     assert now["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1, "slices": 1}
@@ -140,7 +150,8 @@ def test_surroundings_are_the_runtime_the_mesh_and_the_cores(make_config: Make) 
     assert changed(now) == []
     assert changed({**now, "cpus": [90]}) == []
     assert changed({**now, "cores": 77}) == [f"cores {now['cores']} -> 77"]
-    other = provenance.surroundings(make_config(training={"remat": "full", "attention": "einsum"}))
+    other = make_config(training={"remat": "full", "attention": "einsum"})
+    other = provenance.surroundings(other, one)
     assert changed(other) == [
         "runtime.attention auto -> einsum",
         "runtime.remat none -> full",

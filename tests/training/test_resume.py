@@ -14,16 +14,14 @@ from small_runs import Make, assert_same_bits
 
 import pythia_jax as pj
 from pythia_jax import configs
-from pythia_jax.training.telemetry import read_metrics
+from pythia_jax.training.telemetry import MEASURED, read_metrics
 from pythia_jax.training.trainer import train
-
-TIMES = {"tokens_per_second", "step_time_s", "data_wait_s"}
 
 
 def numbers(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(make_config: Make) -> None:

@@ -11,7 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import pythia_jax as pj
 from pythia_jax import configs, data
 from pythia_jax.configs import ConfigError
+from pythia_jax.sharding import make_mesh
 from pythia_jax.training import trainer
+from pythia_jax.training.feed import GlobalBatches
+from pythia_jax.training.step import init_state
 from pythia_jax.training.telemetry import NonFiniteError, read_metrics
 from pythia_jax.training.trainer import run_folder, train
 
@@ -102,10 +105,12 @@ def test_a_step_that_is_not_there_is_named(make_config: Make) -> None:
 
 
 def test_held_out_batches_of_an_evaluation_follow_those_before(make_config: Make) -> None:
-    from pythia_jax.training.trainer import held_out_loss, jitted_init, jitted_loss
+    from pythia_jax.training.trainer import held_out_loss, jitted_loss
 
     config = make_config()
-    params, batches = jitted_init(config).params, data.batches(config, "validation")
+    mesh = make_mesh(config.mesh)
+    params = init_state(config).params
+    batches = GlobalBatches(data.batches(config, "validation"), mesh)
     for step, first in ((8, 0), (16, 2), (20, 4)):
         expected = np.mean(
             [float(jitted_loss(params, batches[i], config=config)) for i in (first, first + 1)]
