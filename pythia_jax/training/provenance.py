@@ -19,7 +19,7 @@ SPLITS = ("train", "validation")
 """The splits that training reads."""
 FREE = {
     # Other rounding, but the same run: `surroundings` tells.
-    "training": ("attention", "remat", "on_nonfinite"),
+    "training": ("attention", "gradient_accumulation", "remat", "on_nonfinite"),
     # Paths, compared by what lies there; the test split is never read, and documents only tell
     # where preshuffled rows come from.
     "data": (*SPLITS, "test", "test_weights", "documents"),
@@ -56,6 +56,7 @@ def surroundings(config: RunConfig, sharding: jax.sharding.Sharding) -> dict[str
         "processes": jax.process_count(),
         "mesh": {axis.name: shape.get(axis.name, 1) for axis in dataclasses.fields(MeshConfig)},
         "runtime": dataclasses.asdict(config.runtime),
+        "gradient_accumulation": config.training.gradient_accumulation,
         "cores": len(cpus),
         "cpus": cpus,
     }
