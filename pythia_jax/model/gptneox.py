@@ -168,7 +168,7 @@ def block(
     """
     x = site("resid_pre", checkpoint_name(x, "resid_pre"))
     q, k, v = queries_keys_values(weights, x, config, site)
-    z = site("attn.z", checkpoint_name(attend(q, k, v), "attn.z"))
+    z = site("attn.z", attend(q, k, v))  # named by the kernel, in the layout that it keeps
     merged = z.reshape(*x.shape[:2], config.hidden_size)
     attention_out = dense(merged, weights["attention"]["dense"])
     attention_out = site("attn_out", checkpoint_name(attention_out, "attn_out"))
