@@ -23,7 +23,7 @@ help: ## this list
 	  | while IFS='|' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
 
 quickstart: $(CORE) ## text to tokens to a trained, evaluated, exported model, on a CPU
-	$(BIN)/pythia-jax quickstart $(ARGS)
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/pythia-jax quickstart $(ARGS)
 
 test: lint ## lint, and every test but the slow ones
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --timeout 900 $(ARGS)
