@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from pythia_jax.training.agreement import all_say
-from pythia_jax.training.digests import Digests, changed, digests
+from pythia_jax.training.digests import Digests, changed, digests, name_of
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,12 @@ def _read(path: Path, like: Any) -> Any:
     )
     _hush_stragglers()
     try:
-        return handler.restore(epath.Path(path / "state"), args=args)
+        state = handler.restore(epath.Path(path / "state"), args=args)
+        for where, leaf in jax.tree.leaves_with_path(state):
+            # Orbax gives back the description of an array that is not there.
+            if not isinstance(leaf, jax.Array):
+                raise ValueError(f"{name_of(where)} is missing")
+        return state
     except Exception as error:
         log.debug("%s", path, exc_info=True)
         failure = _judged(error, f"{path}: cannot be read")

@@ -25,6 +25,13 @@ MODES = {"count": 0, "error": 1, "full": 2, "dead": 3, "kill": 4}
 disk = ctypes.CDLL(None)
 
 
+def in_folder(config: RunConfig, name: str) -> RunConfig:
+    folder = str(folder_of(config).with_name(name))
+    return dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, directory=folder)
+    )
+
+
 def save(config: RunConfig, mode: str, first: int) -> bool:
     """Save step 1 on a disk that fails at operation `first`; whether it was said to be well."""
     shape = like(config)
@@ -62,22 +69,23 @@ def main() -> None:
     config, mode = configs.load(sys.argv[1]), sys.argv[2]
     first, stride = int(sys.argv[3]), int(sys.argv[4])
     good = folder_of(config)
-    trial = good.with_name("trial")
-    config = dataclasses.replace(
-        config, checkpoint=dataclasses.replace(config.checkpoint, directory=str(trial))
-    )
-    ends: Counter[str] = Counter()
-    shutil.copytree(good, trial)
-    disk.disk_arm(str(trial).encode(), -1, 0)
-    assert save(config, "count", -1)
+    trial = in_folder(config, "trial")
+    shutil.copytree(good, folder_of(trial))
+    disk.disk_arm(str(folder_of(trial)).encode(), -1, 0)
+    assert save(trial, "count", -1)
     operations = int(disk.disk_counted())
+    shutil.rmtree(folder_of(trial))
+    ends: Counter[str] = Counter()
     for at in range(first, operations, stride):
-        shutil.rmtree(trial)
-        shutil.copytree(good, trial)
-        well = save(config, mode, at)
-        step = newest(config)
+        # Threads of a failed save may go on for a while, as they cannot once a process has ended:
+        # each has a folder of its own, and it is looked at under another name.
+        trial, left = in_folder(config, f"trial-{at}"), in_folder(config, f"left-{at}")
+        shutil.copytree(good, folder_of(trial))
+        well = save(trial, mode, at)
+        folder_of(trial).rename(folder_of(left))
+        step = newest(left)
         assert step == 1 or not well, f"operation {at}: said to be saved, and is not there"
-        assert newest(config) == 1
+        assert newest(left) == 1
         ends[f"{'well' if well else 'error'}, then step {step}"] += 1
     print(json.dumps({"operations": operations, "ends": ends}))
 

@@ -67,7 +67,7 @@ def test_a_kill_at_an_operation_of_a_save_leaves_the_last_checkpoint(
 ) -> None:
     done = faulty_save(make_config(), faulty_disk, "kill", at, 1)
     assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
-    left = make_config("trial")
+    left = make_config(f"trial-{at}")
     with opened(left) as run:
         found = run.restore_newest()
         assert found is not None and found[0] == 0

@@ -46,6 +46,33 @@ def test_bytes_are_those_of_a_ring(operation: str, sent: float, elements: int, g
     assert (found.times, found.loops) == (1, ())
 
 
+@pytest.mark.parametrize(
+    ("groups", "between"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", False),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", True),
+        ("replica_groups=[4,2]<=[8]", False),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", True),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", False),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", True),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}", False),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}", True),
+        ("replica_groups={}", True),
+    ],
+)
+def test_what_joins_slices_is_told_apart(groups: str, between: bool) -> None:
+    text = entry(f"ROOT %c = f32[8,4]{{1,0}} all-reduce(%p), {groups}")
+    assert [c.between_slices for c in collectives(HEADER + text, slices=2)] == [between]
+    assert [c.between_slices for c in collectives(HEADER + text)] == [False]
+
+
+@pytest.mark.parametrize(("pairs", "between"), [("{0,1},{1,0}", False), ("{3,4},{4,3}", True)])
+def test_a_permutation_joins_slices_if_a_pair_does(pairs: str, between: bool) -> None:
+    text = entry(f"ROOT %c = f32[8,4] collective-permute(%p), source_target_pairs={{{pairs}}}")
+    (found,) = collectives(HEADER + text, slices=2)
+    assert found.between_slices is between
+
+
 def test_a_group_left_empty_is_all_devices() -> None:
     assert only(entry("ROOT %c = f32[8,4]{1,0} all-reduce(%p), replica_groups={}")).group == 8
 

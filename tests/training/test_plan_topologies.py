@@ -1,6 +1,8 @@
 """Names of TPU slices, and devices to compile for."""
 
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 from plan_cases import compiler  # noqa: F401
@@ -85,6 +87,15 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TopologyError, match=r"pip install 'pythia-jax\[tpu\]'"):
         topologies.devices(parse("v5e:4x4"))
+
+
+def test_the_environment_can_be_set_before_jax_comes_in() -> None:
+    code = (
+        "import os, sys, pythia_jax.cli; from pythia_jax.training import topologies as t;"
+        "t.prepare_environment(); assert 'jax' not in sys.modules;"
+        "assert t.ENVIRONMENT.items() <= os.environ.items()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
