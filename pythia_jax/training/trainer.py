@@ -27,7 +27,7 @@ from pythia_jax.training.optimizer import learning_rate
 from pythia_jax.training.pod import Vote, is_first
 from pythia_jax.training.preemption import Preempted, notices
 from pythia_jax.training.profiling import Profile
-from pythia_jax.training.provenance import enter_run
+from pythia_jax.training.provenance import enter_run, run_folder_of
 from pythia_jax.training.records import require_wandb
 from pythia_jax.training.step import (
     TrainState,
@@ -72,11 +72,10 @@ def train(
     the process is told to leave.
     """
     began = time.perf_counter()
-    stop = last_step(config, stop_at)
+    stop, folder = last_step(config, stop_at), Path(config.checkpoint.directory)
     mesh = sharding.make_mesh(config.mesh)
     asked, config = config, on_devices(config, mesh)
     keep_compiled()
-    folder = Path(config.checkpoint.directory)
     batches = GlobalBatches(data.batches(config, "train"), mesh)
     validation = None
     if config.data.has("validation"):
@@ -93,7 +92,7 @@ def train(
         notices() as notice,
     ):
         resumed, state = checkpoints.restore_newest() or (None, fresh_state(config, mesh))
-        step = start = resumed or 0
+        step = start = saved = resumed or 0
         leave, pod, feed = False, Vote(mesh), read_ahead(batches, start, stop)
         with (
             Telemetry(config, start, schedule, show_progress, began=began) as telemetry,
@@ -101,7 +100,9 @@ def train(
             diagnosed(config, batches, lambda: state),
         ):
             for step in range(start, stop + 1):
-                leave, save = pod.vote(notice.received, checkpoints.clock_due())
+                leave, late = pod.vote(notice.received, checkpoints.clock_due())
+                # A vote is answered a step late: one on the step of a save asked before it.
+                save = leave or step == stop or (late and step > saved + 1)
                 checkpoints.check()
                 # Before the checkpoint: none is written of a loss that is no number.
                 if validation is not None and evaluation_due(config, step):
@@ -109,10 +110,11 @@ def train(
                     value = held_out_loss(state.params, config, validation, step)
                     telemetry.write(step, {"validation_loss": value})
                     telemetry.restart_clock()
-                if checkpoints.scheduled(step) or save or leave or step == stop:
+                if save or checkpoints.scheduled(step):
                     telemetry.flush()
-                    checkpoints.save(step, state, resume=save or leave or step == stop)
+                    checkpoints.save(step, state, resume=save)
                     telemetry.restart_clock()
+                    saved = step
                 if leave or step >= stop:
                     break
                 before = time.perf_counter()
@@ -214,7 +216,7 @@ def run_folder(config: RunConfig) -> Iterator[None]:
     if not is_first():
         yield
         return
-    folder = Path(config.checkpoint.directory)
+    folder = run_folder_of(config)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         try:

@@ -10,7 +10,7 @@ import sys
 import jax
 from checkpoint_runs import like, random_state
 
-from pythia_jax import configs
+from pythia_jax import configs, sharding
 from pythia_jax.training.checkpoints import Checkpoints
 
 
@@ -18,8 +18,8 @@ def main() -> None:
     path, address, processes, number = sys.argv[1:]
     jax.distributed.initialize(address, int(processes), int(number), heartbeat_timeout_seconds=10)
     config = configs.load(path)
-    shape = like(config, jax.devices())
-    with jax.set_mesh(shape.step.sharding.mesh), Checkpoints(config, shape) as run:
+    shape, mesh = like(config, jax.devices()), sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh), Checkpoints(config, shape) as run:
         found = run.restore_newest()
         print(found and found[0])
         if found is not None:

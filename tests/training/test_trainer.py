@@ -116,3 +116,13 @@ def test_held_out_batches_of_an_evaluation_follow_those_before(make_config: Make
             [float(jitted_loss(params, batches[i], config=config)) for i in (first, first + 1)]
         )
         assert held_out_loss(params, config, batches, step) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_run_folder_on_a_bucket_is_refused_and_no_folder_is_made(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = make_config(checkpoint={"directory": "gs://bucket/night"})
+    with pytest.raises(ConfigError, match=r"checkpoint\.directory.*bucket"):
+        train(config, show_progress=False)
+    assert not (tmp_path / "gs:").exists()
