@@ -81,11 +81,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
     present = {getattr(device, "slice_index", 0) for device in devices}
-    if len(present) > 1:
-        if shape[0] != len(present):
-            raise ConfigError(
-                f"mesh.slices: {shape[0]} does not fit: the devices are {len(present)} slices"
-            )
+    # GPUs count each host as a slice; there, only a mesh that says so is laid out by slices.
+    if len(present) > 1 and devices[0].platform == "tpu" and shape[0] != len(present):
+        raise ConfigError(
+            f"mesh.slices: {shape[0]} does not fit: the devices are {len(present)} slices; set it "
+            f"to {len(present)}"
+        )
+    if 1 < len(present) == shape[0]:
         across, within = (shape[0], 1, 1, 1), (1, *shape[1:])
         grid = mesh_utils.create_hybrid_device_mesh(
             within, across, devices, allow_split_physical_axes=True

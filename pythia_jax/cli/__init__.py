@@ -125,6 +125,8 @@ def train(ctx: click.Context, config: Path, stop_at: int | None, pod: bool, prof
     heartbeat = run.distributed.heartbeat_seconds
     if pod:
         join(heartbeat)
+        if not is_first():
+            logging.getLogger("pythia_jax").setLevel(logging.WARNING)
     try:
         with failing_at_once(heartbeat, _tell) if pod else nullcontext():
             result = train(run, stop_at=stop_at, profile_steps=profile)

@@ -214,10 +214,12 @@ class Checkpoints:
 
     def _unwritten(self, what: str, error: Exception) -> CheckpointError:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        return CheckpointError(
+        failure = CheckpointError(
             f"{self._folder / what}: a checkpoint could not be written ({lines[0][:500]}). Those "
             "complete before it are untouched: make room or mend the storage, and start again"
         )
+        failure.__cause__ = error  # tells a peer's death from a fault of our own
+        return failure
 
     def _newest_first(self) -> Iterator[tuple[str, int]]:
         """Folders and steps of the checkpoints there are, as process 0 sees them."""

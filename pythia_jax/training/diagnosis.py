@@ -19,6 +19,7 @@ import numpy as np
 from pythia_jax.configs import RunConfig
 from pythia_jax.files import write_whole
 from pythia_jax.model import parameters
+from pythia_jax.training.agreement import all_say
 from pythia_jax.training.feed import GlobalBatches
 from pythia_jax.training.pod import is_first
 from pythia_jax.training.step import TrainState, loss_and_gradients
@@ -55,13 +56,15 @@ def write_report(step: int, state: TrainState, config: RunConfig, batches: Globa
     found = {
         "step": step,
         "loss": _number(loss),
-        "batch_sha256": batches.digest(step),
         "parameter_norms": jax.tree.map(_numbers, norms),
         "gradient_norms": jax.tree.map(_numbers, gradient_norms),
     }
     path = Path(config.checkpoint.directory) / f"nonfinite-{step}.json"
     if is_first():
+        found["batch_sha256"] = batches.digest(step)
         write_whole(path, json.dumps(found, indent=1).encode())
+    # The others would end, and the pod with them, before it is written.
+    all_say(True)
     return path
 
 

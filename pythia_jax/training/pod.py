@@ -111,20 +111,22 @@ class Vote:
     def vote(self, *flags: bool) -> tuple[bool, ...]:
         """With one process the flags themselves; with several, the OR of the call before.
 
-        The first call of several answers False throughout. The number of flags stays the same.
+        The first call of several answers False throughout. A flag handed in at the call that tells
+        of it counts as told. The number of flags stays the same.
         """
         if self._alone:
             return tuple(map(bool, flags))
-        asked = np.asarray(flags, np.int32)[None]
-        rows = jax.make_array_from_callback(
-            (self._devices, len(flags)), self._rows, lambda _: asked
-        )
-        before, self._before = self._before, self._any(rows)
-        if before is None:
-            return (False,) * len(flags)
+        before = np.zeros(len(flags)) if self._before is None else np.asarray(self._before)
         if before.shape != (len(flags),):
             raise ValueError(f"{len(flags)} flags after {before.shape[0]}; they must stay the same")
-        return tuple(map(bool, np.asarray(before)))
+        told = tuple(map(bool, before))
+        # What is told now will be acted on now; asked for again, it would be told again.
+        asked = [flag and not known for flag, known in zip(flags, told, strict=True)]
+        rows = jax.make_array_from_callback(
+            (self._devices, len(flags)), self._rows, lambda _: np.asarray(asked, np.int32)[None]
+        )
+        self._before = self._any(rows)
+        return told
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Being told to leave: by a signal, by Ctrl-C, or by the cloud that wants its machine back."""
 
+import http.client
 import logging
 import os
 import signal
@@ -109,7 +110,7 @@ def _watch(received: Notices, done: threading.Event, key: str, notice: str, reas
     while not done.is_set():
         try:
             value, etag = _ask(key, etag)
-        except (urllib.error.URLError, OSError) as error:
+        except (http.client.HTTPException, urllib.error.URLError, OSError) as error:
             if not complained:
                 log.warning("%s: no answer from the metadata server (%s); asking on", key, error)
             complained = True

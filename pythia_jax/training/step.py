@@ -120,9 +120,16 @@ def train_step(
     transform = optimizer(config.optimizer, config.training.steps)
     updates, opt_state = transform.update(gradients, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
-    updated = state.replace(params=params, opt_state=opt_state)  # type: ignore[attr-defined]
-    taken = _where(finite, updated, state).replace(step=state.step + 1, loss_scale=scale)
-    return _placed(config, _where(halted, state, taken).replace(halted=halted)), metrics
+    changed = (params, opt_state)
+    params, opt_state = _where(metrics["updated"], changed, (state.params, state.opt_state))
+    state = TrainState(
+        step=state.step + ~halted,
+        params=params,
+        opt_state=opt_state,
+        loss_scale=_where(halted, state.loss_scale, scale),
+        halted=halted,
+    )
+    return _placed(config, state), metrics
 
 
 def loss_and_gradients(
@@ -201,5 +208,5 @@ def _like_parameters(gradients: Params) -> Params:
     return map_parameters(lambda p, x: sharding.constrain(x, p.axes), gradients)
 
 
-def _where(condition: jax.Array, yes: TrainState, no: TrainState) -> Any:
+def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(partial(jnp.where, condition), yes, no)

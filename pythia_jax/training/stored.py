@@ -5,6 +5,7 @@ step, whether the arrays are a whole state, their digests, what the run was comp
 of all this. Orbax hands back flipped bits without a word, so every restore forms the digests anew.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -35,6 +36,8 @@ PASSING = (
     "UNAVAILABLE",
 )
 """What errors say that tell nothing of the checkpoint: memory, rights, the network."""
+MACHINE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM)
+"""Errors of the operating system that tell nothing of it either."""
 MEMORY_GB = 8
 """What may be in flight between storage and devices at once, besides one whole array."""
 
@@ -132,7 +135,8 @@ def _hush_stragglers() -> None:
 def _judged(error: Exception, what: str) -> DamagedError:
     """The error as damage, in words; raised as it is where it tells nothing of the checkpoint."""
     text = str(error)
-    if isinstance(error, MemoryError | PermissionError) or any(word in text for word in PASSING):
+    machine = isinstance(error, OSError) and error.errno in MACHINE
+    if machine or isinstance(error, MemoryError) or any(word in text for word in PASSING):
         raise error
     lines = text.strip().splitlines() or [type(error).__name__]
     return DamagedError(f"{what} ({type(error).__name__}: {lines[0][:300]})")

@@ -222,10 +222,13 @@ class Telemetry:
             raise self._failure(step, values)
 
     def _failure(self, step: int, values: dict[str, float]) -> NonFiniteError:
+        wrong = ", ".join(f"{k} {v}" for k, v in values.items() if not math.isfinite(v))
+        scale = ", at the smallest loss scale" if "loss_scale" in values else ""
         return NonFiniteError(
             step,
-            f"step {step}: {values}; the newest checkpoint in {self._folder} is from "
-            "before it. Lower the learning rate, or look at the batch with `data batches`",
+            f"step {step}: {wrong or 'no finite gradient'}{scale}; the newest checkpoint in "
+            f"{self._folder} is from before it. Lower the learning rate, look at the batch with "
+            "`data batches`, or pass over such batches with training.on_nonfinite: skip",
         )
 
     def restart_clock(self) -> None:

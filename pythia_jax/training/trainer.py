@@ -81,18 +81,23 @@ def train(
     if config.data.has("validation"):
         validation = GlobalBatches(data.batches(config, "validation"), mesh)
     check_data(config)
-    require_wandb(config)
+    if is_first():
+        require_wandb(config)
     schedule = learning_rate(config.optimizer, config.training.steps)
     like = abstract_state(config, mesh)
 
     with (
+        # First in and last out: a notice must not cut short the last write.
+        notices() as notice,
         jax.set_mesh(mesh),
         run_folder(asked),
         Checkpoints(config, like) as checkpoints,
-        notices() as notice,
     ):
         resumed, state = checkpoints.restore_newest() or (None, fresh_state(config, mesh))
-        step = start = saved = resumed or 0
+        step = start = resumed or 0
+        if start > stop:
+            log.info("already at step %d, beyond the %d to stop at", start, stop)
+            stop = start
         leave, pod, feed = False, Vote(mesh), read_ahead(batches, start, stop)
         with (
             Telemetry(config, start, schedule, show_progress, began=began) as telemetry,
@@ -100,9 +105,6 @@ def train(
             diagnosed(config, batches, lambda: state),
         ):
             for step in range(start, stop + 1):
-                leave, late = pod.vote(notice.received, checkpoints.clock_due())
-                # A vote is answered a step late: one on the step of a save asked before it.
-                save = leave or step == stop or (late and step > saved + 1)
                 checkpoints.check()
                 # Before the checkpoint: none is written of a loss that is no number.
                 if validation is not None and evaluation_due(config, step):
@@ -110,11 +112,12 @@ def train(
                     value = held_out_loss(state.params, config, validation, step)
                     telemetry.write(step, {"validation_loss": value})
                     telemetry.restart_clock()
+                leave, due = pod.vote(notice.received, checkpoints.clock_due())
+                save = leave or due or step == stop
                 if save or checkpoints.scheduled(step):
                     telemetry.flush()
                     checkpoints.save(step, state, resume=save)
                     telemetry.restart_clock()
-                    saved = step
                 if leave or step >= stop:
                     break
                 before = time.perf_counter()
@@ -223,5 +226,9 @@ def run_folder(config: RunConfig) -> Iterator[None]:
             held.enter_context(locked(folder / ".lock", wait=False))
         except BlockingIOError:
             raise RuntimeError(f"{folder}: another process is training in this folder") from None
+        except OSError as error:
+            raise RuntimeError(
+                f"{folder}: cannot be locked ({error}); a run folder wants a file system with locks"
+            ) from None
         enter_run(config, folder)
         yield

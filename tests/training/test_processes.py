@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -99,3 +100,23 @@ def test_a_process_alone_told_to_leave_does_the_same(make_config: Make) -> None:
     result = run_pod(command, 1)
     assert result.status == 75, result.output
     assert any("start again to go on" in line for line in result.output[0])
+
+
+def test_a_pods_clock_saves_once_each_time(make_config: Make) -> None:
+    config = make_config(
+        model=MODEL,
+        training={"batch_size": 8, "steps": 60},
+        checkpoint={
+            "every": 1000,
+            "extra_steps": [],
+            "keep_resume": 100,
+            "resume_every_minutes": 0.02,
+        },
+    )
+    assert pod(config, 2, "--stop-at", "40").status == 0
+    steps = sorted(
+        int(path.name) for path in Path(config.checkpoint.directory).glob("resume/[0-9]*")
+    )
+    assert steps[-1] == 40
+    # One due is handed in at a step, told at the next and saved there.
+    assert all(later - step > 1 for step, later in pairwise(steps[:-1])), steps
