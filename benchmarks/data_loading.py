@@ -133,12 +133,15 @@ def in_order(served: Batches, prefix: Path) -> Batches:
 
 
 def contenders(served: Batches, prefix: Path) -> dict[str, Contender]:
-    from pythia_jax.training.feed import read_ahead
+    from pythia_jax.configs import MeshConfig
+    from pythia_jax.sharding import make_mesh
+    from pythia_jax.training.feed import GlobalBatches, read_ahead
 
     lying = in_order(served, prefix)
+    placed = GlobalBatches(served, make_mesh(MeshConfig()))
     return {
         "pythia_jax, batches[step]": lambda step: map(served.__getitem__, range(step, len(served))),
-        "pythia_jax, read_ahead": lambda step: read_ahead(served, step, len(served)),
+        "pythia_jax, read_ahead": lambda step: read_ahead(placed, step, len(served)),
         "pythia_jax, preshuffled rows": lambda step: map(
             lying.__getitem__, range(step, len(lying))
         ),

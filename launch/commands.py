@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from jax.sharding import AbstractMesh
 
+from pythia_jax import sharding
 from pythia_jax.cli.options import DOTTED, load_config
+from pythia_jax.configs import ConfigError
+from pythia_jax.training.provenance import run_folder_of
+from pythia_jax.training.topologies import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS: dict[str, Any] = {**DOTTED, "help_option_names": ["-h", "--help"]}
@@ -90,20 +95,36 @@ def training(ctx: click.Context, path: Path) -> Training:
         raise LaunchError(str(error)) from error
 
 
-def check_for_cloud(wanted: Training, slices: int, say: Callable[[str], object]) -> None:
-    """Refuse what cannot survive a machine's end; say which files every worker needs to have."""
+def check_for_cloud(
+    wanted: Training, topology: str, slices: int, say: Callable[[str], object]
+) -> None:
+    """Refuse what cannot train there, before it costs; say what every worker needs to have.
+
+    topology: `v5litepod-16` or `v5e:4x4`, of one slice.
+    """
     config = wanted.config
     directory = str(config.checkpoint.directory)
-    if "://" not in directory:
+    try:
+        run_folder_of(config)
+        devices = parse(topology, slices).devices
+        shape = sharding.mesh_shape(config.mesh, devices)
+        parts = config.training.batch_size // config.training.gradient_accumulation
+        if config.model is None:
+            raise ConfigError("model: missing; a training run needs one")
+        sharding.check_fit(AbstractMesh(shape, sharding.AXES), config.model, parts)
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
+    if not Path(directory).is_absolute():
         raise LaunchError(
             f"checkpoint.directory: {directory} would lie on the workers' own disks, which are "
-            "not shared and go with them; use a bucket: --checkpoint.directory gs://BUCKET/RUN"
+            "not shared and go with them; mount storage that outlives them (Filestore) on every "
+            "worker, and give its absolute path: --checkpoint.directory /mnt/STORAGE/RUN"
         )
     if config.mesh.slices != slices:
         raise LaunchError(
             f"mesh.slices: {config.mesh.slices}, but --slices {slices}; they must be the same"
         )
     files = [*config.data.train, *config.data.validation, config.tokenizer]
-    for file in files:
-        if file is not None and "://" not in str(file):
-            say(f"note: {file} is no URL, so every worker must have it under this path")
+    for file in dict.fromkeys(file for file in files if file is not None and "://" not in file):
+        say(f"note: {file} is no URL, so every worker must have it under this path")
+    say(f"note: {directory} must be the same shared storage on every worker")

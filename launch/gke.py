@@ -1,7 +1,7 @@
 """TPU slices on Google Kubernetes Engine: a JobSet, one Job a slice and one Pod a host.
 
     launch/gke submit --name night --image REGISTRY/pythia_jax --topology v5e:4x4 \\
-        configs/pythia-160m.yaml --checkpoint.directory gs://bucket/night
+        configs/pythia-160m.yaml --checkpoint.directory /mnt/storage/night
 
 The cluster needs JobSet 0.6 or newer and a TPU node pool of that topology; kubectl's own context
 says which cluster. launch/Dockerfile makes the image. The cluster starts training again by itself.
@@ -231,7 +231,7 @@ def submit(
 ) -> None:
     """Write OUT/NAME.yaml for CONFIG, with its dotted flags, and apply it."""
     cluster, wanted = Cluster(Commands(dry_run), name, namespace), training(ctx, config)
-    check_for_cloud(wanted, slices, cluster.commands.say)
+    check_for_cloud(wanted, settings["topology"], slices, cluster.commands.say)
     file = out / f"{name}.yaml"
     cluster.commands.write(file, manifest(name, slices=slices, wanted=wanted, **settings))
     cluster.commands.run(cluster.kubectl("apply", f"--filename={file}"))

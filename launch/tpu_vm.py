@@ -1,7 +1,7 @@
 """TPU VM slices by queued resources: made, installed on, trained on, made again after preemption.
 
     launch/tpu_vm train --name night --zone us-west4-a --accelerator v5litepod-16 --spot \\
-        configs/pythia-160m.yaml --checkpoint.directory gs://bucket/night
+        configs/pythia-160m.yaml --checkpoint.directory /mnt/storage/night
 
 The slice and its nodes are called NAME (NAME-0 … with several slices).
 """
@@ -349,9 +349,9 @@ def watch(ctx: click.Context, config: Path, restarts: int, **settings: Any) -> N
 
 def _checked(ctx: click.Context, config: Path, settings: dict[str, Any]) -> tuple[Slice, Training]:
     on, wanted = slice_of(**settings), training(ctx, config)
-    check_for_cloud(wanted, on.slices, on.commands.say)
     if not on.accelerator:
         raise LaunchError("--accelerator: missing; a slice that is taken away is made again by it")
+    check_for_cloud(wanted, on.accelerator, on.slices, on.commands.say)
     return on, wanted
 
 

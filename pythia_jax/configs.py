@@ -301,9 +301,9 @@ class MeshConfig(Section, where="mesh"):
         open_axes = [name for name, size in vars(self).items() if size == -1]
         require(
             len(open_axes) <= 1,
-            f"mesh.{open_axes[-1] if open_axes else ''}",
+            " and ".join(f"mesh.{name}" for name in open_axes),
             -1,
-            f"mesh.{open_axes[0] if open_axes else ''} is -1 already; one axis takes what is left",
+            "one axis takes what is left; give the others a size (mesh.fsdp is -1 unless set)",
         )
 
 

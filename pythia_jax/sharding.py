@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pythia_jax.configs import ConfigError, MeshConfig, ModelConfig
 
@@ -63,12 +63,11 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
     sizes = [getattr(config, axis) for axis in AXES]
     fixed = math.prod(size for size in sizes if size != -1)
     asked = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-    if devices % fixed or (fixed != devices and -1 not in sizes):
-        raise ConfigError(
-            f"mesh: {asked} does not fit {devices} device{'s' * (devices != 1)}: the sizes, -1 "
-            f"left out, make {fixed}. Set mesh.fsdp or mesh.data to -1 for what is left, or sizes "
-            f"whose product is {devices}"
-        )
+    have = f"mesh: {asked} does not fit {devices} device{'s' * (devices != 1)}: "
+    if devices % fixed:
+        raise ConfigError(f"{have}{fixed} does not divide {devices}; choose sizes that do")
+    if fixed != devices and -1 not in sizes:
+        raise ConfigError(f"{have}they make {fixed}; set one to -1, which takes what is left")
     slices, data, fsdp, tensor = (devices // fixed if size == -1 else size for size in sizes)
     return slices, data, fsdp, tensor
 
@@ -97,7 +96,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_fit(mesh: Mesh, model: ModelConfig, microbatch: int) -> None:
+def check_fit(mesh: Mesh | AbstractMesh, model: ModelConfig, microbatch: int) -> None:
     """Refuse a mesh that cannot cut this model, or `microbatch` rows, into equal parts.
 
     Raises ConfigError with the numbers.
@@ -118,7 +117,7 @@ def check_fit(mesh: Mesh, model: ModelConfig, microbatch: int) -> None:
             )
 
 
-def current() -> jax.sharding.AbstractMesh | None:
+def current() -> AbstractMesh | None:
     """The mesh around us (`jax.set_mesh`); None if there is none, or it is of one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh

@@ -35,7 +35,9 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_numbers(sizes,
 
 
 def test_two_open_axes_and_empty_ones_are_refused():
-    with pytest.raises(ConfigError, match=r"mesh\.fsdp.*mesh\.data is -1 already"):
+    with pytest.raises(
+        ConfigError, match=r"mesh\.data and mesh\.fsdp.*one axis takes what is left"
+    ):
         MeshConfig(data=-1)
     for size in (0, -2):
         with pytest.raises(ConfigError, match=r"mesh\.tensor"):

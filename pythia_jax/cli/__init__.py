@@ -140,7 +140,8 @@ def train(ctx: click.Context, config: Path, stop_at: int | None, pod: bool, prof
 
 def _tell(error: BaseException) -> None:
     """What ends a process of a pod, as `_Group` would tell it."""
-    if isinstance(error, EXPECTED):
+    wanted = click.get_current_context().find_root().params["traceback"]
+    if isinstance(error, EXPECTED) and not wanted:
         click.echo(f"Error: {error}", err=True)
     else:
         traceback.print_exception(error)

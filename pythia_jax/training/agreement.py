@@ -40,5 +40,7 @@ def _gathered(values: Sequence[int]) -> np.ndarray:
     brought = jax.make_array_from_process_local_data(
         NamedSharding(mesh, jax.P("process")), mine, shape
     )
-    everywhere = jax.jit(jnp.copy, out_shardings=NamedSharding(mesh, jax.P()))(brought)
+    # Whatever mesh is around us: it may have more devices than speak here.
+    with jax.set_mesh(mesh):
+        everywhere = jax.jit(jnp.copy, out_shardings=NamedSharding(mesh, jax.P()))(brought)
     return np.asarray(everywhere.addressable_data(0))

@@ -36,7 +36,7 @@ PASSING = (
     "UNAVAILABLE",
 )
 """What errors say that tell nothing of the checkpoint: memory, rights, the network."""
-MACHINE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM)
+MACHINE = (errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM)
 """Errors of the operating system that tell nothing of it either."""
 MEMORY_GB = 8
 """What may be in flight between storage and devices at once, besides one whole array."""
@@ -136,7 +136,8 @@ def _judged(error: Exception, what: str) -> DamagedError:
     """The error as damage, in words; raised as it is where it tells nothing of the checkpoint."""
     text = str(error)
     machine = isinstance(error, OSError) and error.errno in MACHINE
-    if machine or isinstance(error, MemoryError) or any(word in text for word in PASSING):
+    machine = machine or isinstance(error, MemoryError | PermissionError)
+    if machine or any(word in text for word in PASSING):
         raise error
     lines = text.strip().splitlines() or [type(error).__name__]
     return DamagedError(f"{what} ({type(error).__name__}: {lines[0][:300]})")

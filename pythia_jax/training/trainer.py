@@ -75,6 +75,8 @@ def train(
     stop, folder = last_step(config, stop_at), Path(config.checkpoint.directory)
     mesh = sharding.make_mesh(config.mesh)
     asked, config = config, on_devices(config, mesh)
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    log.info("devices: %d, in %d processes: %s", mesh.size, jax.process_count(), sizes or "one")
     keep_compiled()
     batches = GlobalBatches(data.batches(config, "train"), mesh)
     validation = None

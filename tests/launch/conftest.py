@@ -27,7 +27,7 @@ def config(tmp_path: Path) -> Path:
         "name: night\n"
         "model: {size: 14m}\n"
         "data: {train: ['gs://bucket/data/train'], sequence_length: 128}\n"
-        "training: {steps: 30, batch_size: 8}\n"
-        "checkpoint: {directory: 'gs://bucket/night'}\n"
+        "training: {steps: 30, batch_size: 64}\n"
+        "checkpoint: {directory: /mnt/storage/night}\n"
     )
     return path

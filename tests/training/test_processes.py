@@ -40,7 +40,7 @@ def final(config: RunConfig) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("processes", "devices"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)]
+    ("processes", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
 )
 def test_processes_agree_with_one(make_config: Make, processes: int, devices: int) -> None:
     changes = {"model": MODEL, "training": {"batch_size": 8, "gradient_accumulation": 1}}
@@ -95,7 +95,7 @@ def test_a_process_alone_told_to_leave_does_the_same(make_config: Make) -> None:
     config = make_config(training={"steps": 3000})
     path = Path(config.checkpoint.directory).with_suffix(".yaml")
     configs.save(config, path)
-    interrupt(config, signal.SIGINT)
+    interrupt(config, signal.SIGTERM)
     command = [sys.executable, "-m", "pythia_jax", "train", str(path)]
     result = run_pod(command, 1)
     assert result.status == 75, result.output

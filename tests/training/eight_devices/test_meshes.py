@@ -20,7 +20,7 @@ from pythia_jax.training.feed import GlobalBatches
 from pythia_jax.training.step import jitted_train_step, state_shardings
 from pythia_jax.training.trainer import fresh_state, held_out_loss
 
-MODEL = {"hidden_size": 64, "num_attention_heads": 8, "vocab_size": 104}
+MODEL: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 8, "vocab_size": 104}
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 OTHERS = [(4, 2, 1), (2, 4, 1), (4, 1, 2), (1, 4, 2), (2, 1, 4), (1, 1, 8)]
 ALL = [*MESHES, *(pytest.param(shape, marks=pytest.mark.slow) for shape in OTHERS)]
