@@ -63,12 +63,15 @@ def test_processes_are_told_their_places_and_lines_carry_the_number() -> None:
     ]
 
 
-def test_the_first_failure_ends_all_and_shows_its_last_lines() -> None:
-    code = """
+def test_the_first_failure_ends_all_and_shows_its_last_lines(tmp_path: Path) -> None:
+    code = f"""
+stuck = {str(tmp_path)!r}
 if me == 1:
+    while len(os.listdir(stuck)) < 2: time.sleep(0.01)
     print(*range(100), sep="\\n")
     sys.exit("no such file")
-signal.signal(signal.SIGTERM, signal.SIG_IGN)  # stuck, as in a collective
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in a collective
+open(os.path.join(stuck, str(me)), "w").close()
 time.sleep(600)
 """
     started = time.monotonic()
