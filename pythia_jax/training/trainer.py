@@ -69,8 +69,8 @@ def train(
 
     Raises ConfigError if the folder holds another run or the mesh does not fit, RuntimeError if
     it holds checkpoints but none to go on from, NonFiniteError if the loss stops being a number,
-    CheckpointError if a checkpoint cannot be written, and Preempted, with everything saved, when
-    the process is told to leave.
+    CheckpointError if a checkpoint cannot be written, LeaseError if a folder on a bucket is or
+    becomes another run's, and Preempted, with everything saved, when the process is told to leave.
     """
     began = time.perf_counter()
     stop = last_step(config, stop_at)

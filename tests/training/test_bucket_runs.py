@@ -16,9 +16,11 @@ from click.testing import CliRunner
 from small_runs import Make, assert_same_bits
 
 import pythia_jax as pj
+from launch.local_pod import run_pod
 from pythia_jax import configs
 from pythia_jax.cli import main
 from pythia_jax.configs import ConfigError, RunConfig
+from pythia_jax.data import links
 from pythia_jax.training import lease, trainer
 from pythia_jax.training.lease import LeaseError
 from pythia_jax.training.run_files import merged
@@ -209,3 +211,46 @@ def test_without_gcsfs_the_extra_is_named(
     config = make_config(checkpoint={"directory": "gs://bucket/night"})
     with pytest.raises(ConfigError, match=r"pip install 'pythia-jax\[bucket\]'"):
         train(config, show_progress=False)
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_a_bucket_and_go_on_bitwise(
+    bucket: Any, make_config: Make, tmp_path: Path
+) -> None:
+    changes = {"model": {"vocab_size": 104}, "training": {"batch_size": 8}}
+    config = on(bucket, make_config, **changes)
+    configs.save(config, tmp_path / "night.yaml")
+    configs.save(make_config("straight", **changes), tmp_path / "straight.yaml")
+    command = [sys.executable, "-m", "pythia_jax", "train", "--pod"]
+    for name, *flags in (("night", "--stop-at", "7"), ("night",), ("straight",)):
+        result = run_pod([*command, str(tmp_path / f"{name}.yaml"), *flags], 2)
+        assert result.status == 0, result.output
+    straight = tmp_path / "straight"
+    assert_same_bits(pj.load(bucket.url).params, pj.load(straight).params)
+    assert numbers(bucket.url) == numbers(straight / "metrics.jsonl")
+
+
+def test_storage_that_fails_stops_the_run_and_leaves_what_was_saved(
+    bucket: Any, make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "ATTEMPTS", 2)
+    monkeypatch.setattr(links, "FIRST_DELAY_S", 0.01)
+    config = on(bucket, make_config)
+    real = trainer.jitted_train_step
+
+    def step(state: Any, tokens: Any, *, config: RunConfig) -> Any:
+        bucket.server.down = bool(state.step == 9)
+        return real(state, tokens, config=config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "jitted_train_step", step)
+        try:
+            with pytest.raises(ConnectionError, match=rf"{bucket.url}/.*503"):
+                train(config, show_progress=False)
+        finally:
+            bucket.server.down = False
+    straight = train(make_config("straight"), show_progress=False)
+    result = train(config, show_progress=False)
+    assert result.resumed_from == 5
+    assert_same_bits(result.state, straight.state)
+    assert numbers(bucket.url) == numbers(straight.folder / "metrics.jsonl")
