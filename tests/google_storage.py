@@ -19,7 +19,7 @@ MISMATCH, NOT_MODIFIED = 412, 304
 
 
 class GoogleStorage(ThreadingHTTPServer):
-    """objects: by (bucket, key), content and generation; every bucket is there.
+    """objects: by (bucket, key), content and generation. Every bucket is there but "missing".
 
     down: answers 503 to everything while set.
     """
@@ -162,6 +162,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.say({"done": True, "resource": about} if "rewrite" in action else about)
 
     def upload(self, bucket: str, query: dict[str, str], body: bytes) -> None:
+        if bucket == "missing":
+            return self.fail(404)
         if "upload_id" in query:
             return self.upload_part(query["upload_id"], body)
         if query["uploadType"] == "resumable":

@@ -100,7 +100,12 @@ class Bucket:
         if_generation: only if it has this one; None is returned if it has another. It may also
         have that other because this very call was repeated after its answer was lost.
         """
-        stamp = self._done(name, lambda: self._store.write(name, content, if_equal=if_generation))
+        try:
+            stamp = self._done(
+                name, lambda: self._store.write(name, content, if_equal=if_generation)
+            )
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.url}: there is no bucket of that name") from None
         return stamp.generation or None
 
     def names(self, prefix: str) -> list[str]:

@@ -97,13 +97,17 @@ class BucketFiles(RunFiles):
             self._upload_metrics()
 
     def _changed(self) -> list[Path]:
-        """Files that are not on the bucket as they are here; not those of our own book-keeping."""
+        """Files that are not on the bucket as they are here.
+
+        Not those of our own book-keeping, nor what Weights & Biases keeps for itself.
+        """
         return [
             path
             for path in self.folder.rglob("*")
             if path.is_file()
             and path != self.folder / METRICS
             and not path.name.startswith(".")
+            and path.relative_to(self.folder).parts[0] != "wandb"
             and self._sent.get(path) != _state(path)
         ]
 

@@ -201,6 +201,19 @@ def test_what_is_no_run_on_a_bucket_is_told(bucket: Any) -> None:
         pj.load(bucket.url, revision="step3")
 
 
+@pytest.mark.usefixtures("bucket")
+def test_a_bucket_that_is_not_there_is_named(make_config: Make) -> None:
+    config = make_config(checkpoint={"directory": "gs://missing/night"})
+    with pytest.raises(FileNotFoundError, match=r"gs://missing/night: there is no bucket"):
+        train(config, show_progress=False)
+
+
+def test_of_states_to_resume_from_few_are_kept(bucket: Any, make_config: Make) -> None:
+    few = {"resume_every_minutes": 1e-9, "keep_resume": 2, "every": 20, "extra_steps": [0]}
+    train(on(bucket, make_config, checkpoint=few), stop_at=6, show_progress=False)
+    assert {name.split("/")[1] for name in bucket.names("resume/")} == {"4", "6"}
+
+
 def test_without_gcsfs_the_extra_is_named(
     make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
