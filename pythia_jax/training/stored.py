@@ -131,7 +131,12 @@ def _hush_stragglers() -> None:
         if not theirs and str(event.exc_value) != "Event loop is closed":
             before(event)
 
+    def told_already(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "was never retrieved" in text and ("orbax" in text or "OCDBT" in text)
+
     sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: not told_already(record))
     warnings.filterwarnings("ignore", "coroutine '_read_array_index.*was never awaited")
 
 
