@@ -36,8 +36,8 @@ PASSING = (
     "UNAVAILABLE",
 )
 """What errors say that tell nothing of the checkpoint: memory, rights, the network."""
-NETWORK = frozenset({"aiohttp", "gcsfs", "google", "requests"})
-"""Libraries whose errors tell nothing of it either; what is not there is a FileNotFoundError."""
+NETWORK = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.", "requests.")
+"""Modules whose errors tell nothing of it either; what is not there is a FileNotFoundError."""
 MEMORY_GB = 8
 """What may be in flight between storage and devices at once, besides one whole array."""
 
@@ -134,7 +134,7 @@ def _hush_stragglers() -> None:
 
 def _judged(error: Exception, what: str) -> DamagedError:
     """The error as damage, in words; raised as it is where it tells nothing of the checkpoint."""
-    text, theirs = str(error), type(error).__module__.partition(".")[0] in NETWORK
+    text, theirs = str(error), f"{type(error).__module__}.".startswith(NETWORK)
     passing = MemoryError | PermissionError | ConnectionError | TimeoutError
     if theirs or isinstance(error, passing) or any(word in text for word in PASSING):
         raise error
