@@ -39,8 +39,8 @@ PASSING = (
 """What errors say that tell nothing of the checkpoint: memory, rights, the network."""
 MACHINE = (errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM)
 """Errors of the operating system that tell nothing of it either."""
-NETWORK = frozenset({"aiohttp", "gcsfs", "google", "requests"})
-"""Libraries whose errors tell nothing of it either; what is not there is a FileNotFoundError."""
+NETWORK = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.", "requests.")
+"""Modules whose errors tell nothing of it either; what is not there is a FileNotFoundError."""
 MEMORY_GB = 8
 """What may be in flight between storage and devices at once, besides one whole array."""
 
@@ -142,7 +142,7 @@ def _hush_stragglers() -> None:
 
 def _judged(error: Exception, what: str) -> DamagedError:
     """The error as damage, in words; raised as it is where it tells nothing of the checkpoint."""
-    text, theirs = str(error), type(error).__module__.partition(".")[0] in NETWORK
+    text, theirs = str(error), f"{type(error).__module__}.".startswith(NETWORK)
     machine = isinstance(error, OSError) and error.errno in MACHINE
     passing = MemoryError | PermissionError | ConnectionError | TimeoutError
     machine = machine or theirs or isinstance(error, passing)

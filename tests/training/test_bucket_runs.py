@@ -252,7 +252,11 @@ def test_storage_that_fails_stops_the_run_and_leaves_what_was_saved(
     real = trainer.jitted_train_step
 
     def step(state: Any, tokens: Any, *, config: RunConfig) -> Any:
-        bucket.server.down = bool(state.step == 9)
+        if state.step == 9:
+            # A save under way would be tried again by TensorStore for many minutes.
+            while "checkpoints/5/commit_success.txt" not in bucket.names("checkpoints/5/"):
+                time.sleep(0.01)
+            bucket.server.down = True
         return real(state, tokens, config=config)
 
     with monkeypatch.context() as patch:
