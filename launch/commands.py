@@ -13,7 +13,6 @@ from jax.sharding import AbstractMesh
 from pythia_jax import sharding
 from pythia_jax.cli.options import DOTTED, load_config
 from pythia_jax.configs import ConfigError
-from pythia_jax.training.provenance import run_folder_of
 from pythia_jax.training.topologies import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +104,6 @@ def check_for_cloud(
     config = wanted.config
     directory = str(config.checkpoint.directory)
     try:
-        run_folder_of(config)
         devices = parse(topology, slices).devices
         shape = sharding.mesh_shape(config.mesh, devices)
         parts = config.training.batch_size // config.training.gradient_accumulation
@@ -114,11 +112,11 @@ def check_for_cloud(
         sharding.check_fit(AbstractMesh(shape, sharding.AXES), config.model, parts)
     except ValueError as error:
         raise LaunchError(str(error)) from error
-    if not Path(directory).is_absolute():
+    if "://" not in directory and not Path(directory).is_absolute():
         raise LaunchError(
             f"checkpoint.directory: {directory} would lie on the workers' own disks, which are "
-            "not shared and go with them; mount storage that outlives them (Filestore) on every "
-            "worker, and give its absolute path: --checkpoint.directory /mnt/STORAGE/RUN"
+            "not shared and go with them; use a bucket, --checkpoint.directory gs://BUCKET/RUN, or "
+            "mount storage that outlives them on every worker, and give its absolute path"
         )
     if config.mesh.slices != slices:
         raise LaunchError(
@@ -127,4 +125,5 @@ def check_for_cloud(
     files = [*config.data.train, *config.data.validation, config.tokenizer]
     for file in dict.fromkeys(file for file in files if file is not None and "://" not in file):
         say(f"note: {file} is no URL, so every worker must have it under this path")
-    say(f"note: {directory} must be the same shared storage on every worker")
+    if "://" not in directory:
+        say(f"note: {directory} must be the same shared storage on every worker")

@@ -142,7 +142,7 @@ class Slice:
                     if not left:
                         raise
                     time.sleep(min(15, self.poll_seconds))
-        self.commands.run(self.everywhere(f"{unpack} && bash ~/{WORKER}/install.sh tpu"))
+        self.commands.run(self.everywhere(f"{unpack} && bash ~/{WORKER}/install.sh tpu,bucket"))
 
     def start(self, wanted: Training) -> None:
         """Start training on all workers, ending first what may still train there."""

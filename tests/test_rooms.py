@@ -35,6 +35,8 @@ FRONT_DOOR = {"pythia_jax", *(f"pythia_jax.{name}" for name in pythia_jax.__all_
 }
 EXTRAS = {
     "datasets",
+    "fsspec",
+    "gcsfs",
     "huggingface_hub",
     "ipykernel",
     "lm_eval",

@@ -1,5 +1,6 @@
 """Weights in and out: one `load` for every kind of checkpoint, `save_hf` for export."""
 
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from pythia_jax import suite
 from pythia_jax.bridge import hf, run
 from pythia_jax.bridge.hf import CheckpointError
 from pythia_jax.bridge.model import Model, dtype_name
+from pythia_jax.data.storage import is_url
+from pythia_jax.training.bucket import path_of
 
 __all__ = ["CheckpointError", "Model", "load", "save_hf"]
 
@@ -19,14 +22,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def load(
-    path_or_id: str | Path,
+    path_or_id: str | os.PathLike[str],
     *,
     revision: str | None = None,
     step: int | None = None,
     dtype: DTypeLike = jnp.float32,
     cache_dir: str | Path | None = None,
 ) -> Model:
-    """A model from a Hugging Face folder or from one of our run folders.
+    """A model from a Hugging Face folder or from one of our run folders, on gs:// buckets too.
 
     step: which checkpoint of a run folder; None is the newest. dtype: of the parameters returned,
     16, 32 or, with JAX_ENABLE_X64 set, 64 bits wide. revision, cache_dir: of a model on the hub
@@ -37,6 +40,10 @@ def load(
     go together, ConfigError and CheckpointError for what is there and cannot be used.
     """
     _check_dtype(dtype)
+    if is_url(path_or_id):
+        if revision is not None:
+            raise ValueError(f"{path_or_id}: revision is of models on the hub; choose a step")
+        return run.load(path_of(path_or_id), step, dtype)
     folder = Path(path_or_id)
     if not folder.is_dir():
         raise FileNotFoundError(_why_there_is_nothing(folder, revision, step))

@@ -148,7 +148,7 @@ def _tell(error: BaseException) -> None:
 
 
 @main.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path(path_type=str))
 @click.argument("prompt")
 @click.option("--max-new-tokens", type=int, default=20, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
@@ -156,8 +156,8 @@ def _tell(error: BaseException) -> None:
 @click.option("--top-p", type=float)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--step", type=int, help="Checkpoint of a run folder.  [default: the newest]")
-def generate(model: Path, prompt: str, step: int | None, **settings: Any) -> None:
-    """Continue PROMPT with MODEL, a Hugging Face folder or a run folder."""
+def generate(model: str, prompt: str, step: int | None, **settings: Any) -> None:
+    """Continue PROMPT with MODEL, a Hugging Face folder or a run folder (gs:// too)."""
     import pythia_jax as pj
 
     loaded = pj.load(model, step=step)
@@ -168,7 +168,7 @@ def generate(model: Path, prompt: str, step: int | None, **settings: Any) -> Non
 
 
 @main.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=str))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(["hf"]), default="hf", show_default=True)
 @click.option(
@@ -179,14 +179,14 @@ def generate(model: Path, prompt: str, step: int | None, **settings: Any) -> Non
 @click.option("--max-shard-size", type=int, help="Bytes in a file, before another is begun.")
 @click.option("--step", type=int, help="Checkpoint of a run folder.  [default: the newest]")
 def convert(
-    source: Path,
+    source: str,
     target: Path,
     to: str,
     dtype: str | None,
     max_shard_size: int | None,
     step: int | None,
 ) -> None:
-    """Write SOURCE, a run folder or a Hugging Face folder, to the Hugging Face folder TARGET."""
+    """Write SOURCE, a run folder (gs:// too) or a Hugging Face folder, to the folder TARGET."""
     import pythia_jax as pj
 
     model = pj.load(source, step=step)

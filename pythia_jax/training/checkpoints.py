@@ -7,6 +7,9 @@ when complete, and moved out of its place before it is deleted: a process killed
 leaves no half of one under the name of a step. Beside each lie digests of its arrays, formed anew
 when it is read: one that is damaged is named, passed over and moved aside to `<step>.damaged`,
 which nothing reads and nothing deletes.
+
+On a bucket no folder can be moved in one go. A checkpoint lies there under its own name from the
+start, and counts once `commit_success.txt` is in it.
 """
 
 import logging
@@ -26,6 +29,7 @@ from pythia_jax.model import parameters
 from pythia_jax.model.parameters import Params
 from pythia_jax.training import provenance
 from pythia_jax.training.agreement import all_say, from_first
+from pythia_jax.training.bucket import AnyPath, path_of
 from pythia_jax.training.digests import Digests, digests, name_of
 from pythia_jax.training.step import TrainState
 from pythia_jax.training.stored import DamagedError, read_about, read_state, sealed
@@ -55,8 +59,7 @@ class Checkpoints:
     def __init__(self, config: RunConfig, like: TrainState) -> None:
         self._config, self._like = config, like
         self._steps = frozenset(config.checkpoint_steps)
-        # Orbax wants absolute paths.
-        self._folder = provenance.run_folder_of(config)
+        self._folder = _absolute(path_of(config.checkpoint.directory))
         self._clear_deleted()
         self._managers = {
             SCHEDULED: _manager(self._folder / SCHEDULED, keep=None),
@@ -95,7 +98,7 @@ class Checkpoints:
         from: all damaged, or beyond step 0 but of parameters alone. Starting again would lose
         what they have behind them.
         """
-        damaged: list[Path] = []
+        damaged: list[AnyPath] = []
         light: list[int] = []
         for kind, step in self._newest_first():
             path = self._folder / kind / str(step)
@@ -230,7 +233,7 @@ class Checkpoints:
         for step, i in zip(flat[::2], flat[1::2], strict=True):
             yield kinds[i], step
 
-    def _read_about(self, path: Path) -> dict[str, Any]:
+    def _read_about(self, path: AnyPath) -> dict[str, Any]:
         about, failure = {}, None
         try:
             about = read_about(path)
@@ -245,7 +248,7 @@ class Checkpoints:
         self._whole = {step} if whole else set()
         self._last_whole = time.monotonic()
 
-    def _move_aside(self, damaged: list[Path]) -> None:
+    def _move_aside(self, damaged: list[AnyPath]) -> None:
         if not damaged:
             return
         if jax.process_index() == 0:
@@ -273,7 +276,7 @@ class Checkpoints:
 
     def _clear_deleted(self, *, folder_too: bool = False) -> None:
         # Orbax may be moving another step into the folder, so the folder itself stays.
-        if jax.process_index() != 0:
+        if jax.process_index() != 0 or not isinstance(self._folder, Path):
             return
         for kind in (SCHEDULED, RESUME):
             folder = self._folder / kind / DELETED
@@ -282,7 +285,7 @@ class Checkpoints:
 
 
 def load_params(
-    folder: Path, config: RunConfig, step: int | None, dtype: DTypeLike
+    folder: AnyPath, config: RunConfig, step: int | None, dtype: DTypeLike
 ) -> tuple[int, Params]:
     """The parameters alone of a step of a run folder (the newest good one if None), in `dtype`.
 
@@ -290,12 +293,9 @@ def load_params(
     DamagedError for one that is not what was saved; the newest is passed over, with a warning, if
     there are others.
     """
-    folder = folder.absolute()
+    folder = _absolute(folder)
     places = {
-        int(path.name): path
-        for kind in (RESUME, SCHEDULED)
-        for path in (folder / kind).glob("*")
-        if path.name.isdigit()
+        int(path.name): path for kind in (RESUME, SCHEDULED) for path in _steps_in(folder / kind)
     }
     if not places:
         raise FileNotFoundError(f"{folder}: no checkpoint in it yet")
@@ -313,7 +313,21 @@ def load_params(
     raise DamagedError(f"{folder}: every checkpoint in it is damaged: {names}")
 
 
-def _params_at(path: Path, config: RunConfig, dtype: DTypeLike) -> Params:
+def _steps_in(folder: AnyPath) -> list[AnyPath]:
+    """The folders of the steps that a folder of checkpoints holds."""
+    if isinstance(folder, Path):
+        return [path for path in folder.glob("*") if path.name.isdigit()]
+    # There a name is no sign of a whole checkpoint, and what is, Orbax knows.
+    steps = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
+    return [folder / str(step) for step in steps]
+
+
+def _absolute(folder: AnyPath) -> AnyPath:
+    """As Orbax wants it."""
+    return folder.absolute() if isinstance(folder, Path) else folder
+
+
+def _params_at(path: AnyPath, config: RunConfig, dtype: DTypeLike) -> Params:
     """Restored one array at a time: only one is there in float32 beside those in `dtype`."""
     assert config.model is not None
     saved = read_about(path)["digests"]
@@ -329,7 +343,7 @@ def _params_at(path: Path, config: RunConfig, dtype: DTypeLike) -> Params:
     return jax.tree.map_with_path(restored, parameters.abstract(config.model, jnp.float32))
 
 
-def _manager(folder: Path, keep: int | None) -> ocp.CheckpointManager:
+def _manager(folder: AnyPath, keep: int | None) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         create=True,

@@ -22,13 +22,14 @@ from pythia_jax.model import parameters
 from pythia_jax.training.agreement import all_say
 from pythia_jax.training.feed import GlobalBatches
 from pythia_jax.training.pod import is_first
+from pythia_jax.training.run_files import RunFiles
 from pythia_jax.training.step import TrainState, loss_and_gradients
 from pythia_jax.training.telemetry import NonFiniteError
 
 
 @contextmanager
 def diagnosed(
-    config: RunConfig, batches: GlobalBatches, state: Callable[[], TrainState]
+    config: RunConfig, batches: GlobalBatches, state: Callable[[], TrainState], files: RunFiles
 ) -> Iterator[None]:
     """Around training: a step that halted the state is written down before its error goes on.
 
@@ -40,12 +41,16 @@ def diagnosed(
         halted = state()
         if not halted.halted:
             raise
-        path = write_report(error.step, halted, config, batches)
-        raise NonFiniteError(error.step, f"{error}. What the step held is in {path}") from None
+        name = f"nonfinite-{error.step}.json"
+        write_report(files.folder / name, error.step, halted, config, batches)
+        where = files.place / name
+        raise NonFiniteError(error.step, f"{error}. What the step held is in {where}") from None
 
 
-def write_report(step: int, state: TrainState, config: RunConfig, batches: GlobalBatches) -> Path:
-    """Write `nonfinite-<step>.json` into the run folder; returns its path.
+def write_report(
+    path: Path, step: int, state: TrainState, config: RunConfig, batches: GlobalBatches
+) -> None:
+    """Write down a step; one process does so, with the numbers of all.
 
     It holds the loss of the step, a digest of its batch, and for each parameter the norms of its
     values and of its gradient, layer by layer.
@@ -59,13 +64,11 @@ def write_report(step: int, state: TrainState, config: RunConfig, batches: Globa
         "parameter_norms": jax.tree.map(_numbers, norms),
         "gradient_norms": jax.tree.map(_numbers, gradient_norms),
     }
-    path = Path(config.checkpoint.directory) / f"nonfinite-{step}.json"
     if is_first():
         found["batch_sha256"] = batches.digest(step)
         write_whole(path, json.dumps(found, indent=1).encode())
     # The others would end, and the pod with them, before it is written.
     all_say(True)
-    return path
 
 
 @partial(jax.jit, static_argnames="config")

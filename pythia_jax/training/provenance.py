@@ -27,18 +27,6 @@ FREE = {
 """Keys that may change while a run goes on, in the sections that decide it."""
 
 
-def run_folder_of(config: RunConfig) -> Path:
-    """The run folder, absolute. Raises ConfigError for a URL, which would become a local folder."""
-    directory = config.checkpoint.directory
-    if "://" in directory:
-        raise ConfigError(
-            f"checkpoint.directory: {directory!r} is on a bucket, and a run folder cannot be: its "
-            "lock and its metrics want a file system. Give a folder that all processes see, or "
-            "mount the bucket"
-        )
-    return Path(directory).absolute()
-
-
 def surroundings(config: RunConfig, sharding: jax.sharding.Sharding) -> dict[str, Any]:
     """What the last bits of a run depend on, besides the keys that must not change.
 
@@ -95,21 +83,24 @@ def data_identity(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
     return {split: [identity(path) for path in getattr(config.data, split)] for split in SPLITS}
 
 
-def enter_run(config: RunConfig, folder: Path) -> None:
+def enter_run(config: RunConfig, folder: Path, *, named: str | None = None) -> None:
     """Write config.yaml, data.json and tokenizer.json into a run folder, or check them against it.
+
+    named: what to call the folder in a message, where it is a copy.
 
     Raises ConfigError, and leaves the folder as it is, if it holds another run.
     """
     saved_config, saved_data = folder / "config.yaml", folder / "data.json"
-    identity, tokenizer = data_identity(config), read_tokenizer(config)
+    identity, tokenizer = data_identity(config), read_tokenizer(config, folder)
+    name = named or str(folder)
     if saved_config.exists():
-        check_same_run(_load_saved(saved_config), config, folder)
-        check_same_data(_read_saved(saved_data), identity, config, folder)
+        check_same_run(_load_saved(saved_config, name), config, name)
+        check_same_data(_read_saved(saved_data, name), identity, config, name)
     saved_tokenizer = folder / "tokenizer.json"
     if tokenizer is not None:
         if saved_tokenizer.exists() and saved_tokenizer.read_bytes() != tokenizer:
             raise ConfigError(
-                f"{folder} holds a run of another tokenizer than {config.tokenizer} (config key "
+                f"{name} holds a run of another tokenizer than {config.tokenizer} (config key "
                 "tokenizer). Give the old one, or choose another checkpoint.directory"
             )
         write_whole(saved_tokenizer, tokenizer)
@@ -118,25 +109,24 @@ def enter_run(config: RunConfig, folder: Path) -> None:
     configs.save(config, saved_config)
 
 
-def read_tokenizer(config: RunConfig) -> bytes | None:
+def read_tokenizer(config: RunConfig, folder: Path) -> bytes | None:
     """The run's tokenizer.json, from the file or folder that the config names.
 
-    One that has gone since the run was begun is taken from the run folder's copy. Raises
+    One that has gone since the run was begun is taken from the copy in the run folder. Raises
     ConfigError if there is none.
     """
     if config.tokenizer is None:
         return None
     path = Path(config.tokenizer)
     path = path / "tokenizer.json" if path.is_dir() else path
-    copy = Path(config.checkpoint.directory) / "tokenizer.json"
-    for candidate in (path, copy):
+    for candidate in (path, folder / "tokenizer.json"):
         if candidate.is_file():
             return candidate.read_bytes()
     raise ConfigError(f"tokenizer: {config.tokenizer!r}: there is no file {path}")
 
 
-def check_same_run(saved: RunConfig, wanted: RunConfig, folder: Path) -> None:
-    """Refuse to go on in a folder whose run computed something else.
+def check_same_run(saved: RunConfig, wanted: RunConfig, name: str) -> None:
+    """Refuse to go on in a folder, called `name`, whose run computed something else.
 
     Raises ConfigError that names each key that decides the run and differs.
     """
@@ -151,46 +141,46 @@ def check_same_run(saved: RunConfig, wanted: RunConfig, folder: Path) -> None:
                 differing.append(f"{section}.{key} was {was!r}, is {now!r}")
     if differing:
         raise ConfigError(
-            f"{folder} holds a run of another config: {'; '.join(differing)}. Set the old values "
+            f"{name} holds a run of another config: {'; '.join(differing)}. Set the old values "
             "to go on with it, or choose another checkpoint.directory"
         )
 
 
 def check_same_data(
-    saved: dict[str, Any], found: dict[str, Any], config: RunConfig, folder: Path
+    saved: dict[str, Any], found: dict[str, Any], config: RunConfig, name: str
 ) -> None:
     """Refuse to go on with other data; the same data may have moved. Raises ConfigError."""
     for split in SPLITS:
         if saved.get(split) != found[split]:
             paths = ", ".join(getattr(config.data, split)) or "none"
             raise ConfigError(
-                f"{folder} holds a run on other data: data.{split} ({paths}) is not what the run "
-                f"was begun with, by {folder / 'data.json'}. Give the old data to go on, or choose "
+                f"{name} holds a run on other data: data.{split} ({paths}) is not what the run "
+                f"was begun with, by {name}/data.json. Give the old data to go on, or choose "
                 "another checkpoint.directory"
             )
 
 
-def _load_saved(path: Path) -> RunConfig:
+def _load_saved(path: Path, name: str) -> RunConfig:
     try:
         saved = configs.load(path)
         if saved.model is None:
             raise ConfigError(f"{path}: model: missing")
     except ConfigError as error:
-        raise _damaged(path, error) from None
+        raise _damaged(f"{name}/{path.name}", error) from None
     return saved
 
 
-def _read_saved(path: Path) -> dict[str, Any]:
+def _read_saved(path: Path, name: str) -> dict[str, Any]:
     try:
         saved = json.loads(path.read_bytes())
         if not isinstance(saved, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
-        raise _damaged(path, error) from None
+        raise _damaged(f"{name}/{path.name}", error) from None
     return saved
 
 
-def _damaged(path: Path, error: Exception) -> ConfigError:
+def _damaged(path: str, error: Exception) -> ConfigError:
     return ConfigError(
         f"{path} is damaged, so nothing tells which run this folder holds ({error}). Restore it "
         "from a copy, or choose another checkpoint.directory"

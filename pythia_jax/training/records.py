@@ -1,6 +1,7 @@
 """Where metrics are written: metrics.jsonl and TensorBoard always, Weights & Biases when asked."""
 
 import json
+import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,9 @@ from tensorboardX import SummaryWriter
 
 from pythia_jax import configs
 from pythia_jax.configs import ConfigError, RunConfig
+from pythia_jax.data.storage import is_url
 from pythia_jax.files import write_whole
+from pythia_jax.training.run_files import METRICS, read_parts
 
 WANDB_ID = "wandb_id"
 """The file of the run folder that holds the run's id at Weights & Biases."""
@@ -25,7 +28,7 @@ class Records:
 
     def __init__(self, config: RunConfig, folder: Path, start: int) -> None:
         self._wandb = start_wandb(config, folder) if config.logging.wandb else None
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
         self._events = SummaryWriter(str(folder / "events"), purge_step=start or None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -36,6 +39,11 @@ class Records:
             self._events.add_scalar(name, float(value), step)
         if self._wandb is not None:
             self._wandb.log({"step": step, **values})
+
+    def flush(self) -> None:
+        """Have all that was written in the files."""
+        self._file.flush()
+        self._events.flush()
 
     def close(self, *, failed: bool) -> None:
         self._file.close()
@@ -104,10 +112,14 @@ def drop_lines_from(path: Path, step: int) -> list[dict[str, float]]:
     return [line for line in lines if line["step"] >= step]
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics file; one cut off by a crash is left out."""
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The lines of a metrics file, or of a run folder at a gs:// URL, where they lie in parts.
+
+    A line cut off by a crash is left out.
+    """
+    content = read_parts(os.fspath(path)) if is_url(path) else Path(path).read_bytes()
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in content.decode("utf-8").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

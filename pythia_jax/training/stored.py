@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from pythia_jax.training.agreement import all_say
+from pythia_jax.training.bucket import AnyPath
 from pythia_jax.training.digests import Digests, changed, digests, name_of
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ PASSING = (
 """What errors say that tell nothing of the checkpoint: memory, rights, the network."""
 MACHINE = (errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM)
 """Errors of the operating system that tell nothing of it either."""
+NETWORK = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.", "requests.")
+"""Modules whose errors tell nothing of it either; what is not there is a FileNotFoundError."""
 MEMORY_GB = 8
 """What may be in flight between storage and devices at once, besides one whole array."""
 
@@ -51,7 +54,7 @@ def sealed(about: dict[str, Any]) -> dict[str, Any]:
     return {**about, SEAL: _hash(about)}
 
 
-def read_about(path: Path) -> dict[str, Any]:
+def read_about(path: AnyPath) -> dict[str, Any]:
     """What was written beside the state in the folder `path` of a step. Raises DamagedError."""
     try:
         about = json.loads((path / "surroundings" / "metadata").read_bytes())
@@ -67,7 +70,7 @@ def read_about(path: Path) -> dict[str, Any]:
     return about
 
 
-def read_state(path: Path, like: Any, saved: Digests) -> Any:
+def read_state(path: AnyPath, like: Any, saved: Digests) -> Any:
     """The arrays of a step, as `like` says (shapes, dtypes, shardings), with the digests `saved`.
 
     `like` may be a part of what was saved. Every process takes part and all raise together: where
@@ -87,7 +90,7 @@ def read_state(path: Path, like: Any, saved: Digests) -> Any:
     return state
 
 
-def _read(path: Path, like: Any) -> Any:
+def _read(path: AnyPath, like: Any) -> Any:
     largest = max(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(like))
     # The handler by itself: a checkpointer around it would wait for all processes at its end, and
     # one that failed would never come.
@@ -139,9 +142,10 @@ def _hush_stragglers() -> None:
 
 def _judged(error: Exception, what: str) -> DamagedError:
     """The error as damage, in words; raised as it is where it tells nothing of the checkpoint."""
-    text = str(error)
+    text, theirs = str(error), f"{type(error).__module__}.".startswith(NETWORK)
     machine = isinstance(error, OSError) and error.errno in MACHINE
-    machine = machine or isinstance(error, MemoryError | PermissionError)
+    passing = MemoryError | PermissionError | ConnectionError | TimeoutError
+    machine = machine or theirs or isinstance(error, passing)
     if machine or any(word in text for word in PASSING):
         raise error
     lines = text.strip().splitlines() or [type(error).__name__]

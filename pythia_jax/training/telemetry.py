@@ -155,6 +155,12 @@ class Telemetry:
         self._bar.update()
         self._record_step(fetch, values, bool(updated))
 
+    def sync(self) -> None:
+        """`flush`, and have all that is recorded in the files."""
+        self.flush()
+        if self._records is not None:
+            self._records.flush()
+
     def _record_step(self, fetch: "_Fetch", values: dict[str, float], updated: bool) -> None:
         step = fetch.step
         due = step % self._config.logging.every == 0 or step == self._config.training.steps - 1
@@ -227,8 +233,9 @@ class Telemetry:
         return NonFiniteError(
             step,
             f"step {step}: {wrong or 'no finite gradient'}{scale}; the newest checkpoint in "
-            f"{self._folder} is from before it. Lower the learning rate, look at the batch with "
-            "`data batches`, or pass over such batches with training.on_nonfinite: skip",
+            f"{self._config.checkpoint.directory} is from before it. Lower the learning rate, look "
+            "at the batch with `data batches`, or pass over such batches with "
+            "training.on_nonfinite: skip",
         )
 
     def restart_clock(self) -> None:

@@ -3,11 +3,9 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -16,7 +14,6 @@ from pythia_jax import data, sharding
 from pythia_jax.configs import ConfigError, RunConfig
 from pythia_jax.data.order_cache import cache_folder
 from pythia_jax.data.verify import check_ids
-from pythia_jax.files import locked
 from pythia_jax.model import attention
 from pythia_jax.model.loss import loss
 from pythia_jax.model.parameters import Params
@@ -27,8 +24,8 @@ from pythia_jax.training.optimizer import learning_rate
 from pythia_jax.training.pod import Vote, is_first
 from pythia_jax.training.preemption import Preempted, notices
 from pythia_jax.training.profiling import Profile
-from pythia_jax.training.provenance import enter_run, run_folder_of
 from pythia_jax.training.records import require_wandb
+from pythia_jax.training.run_files import run_folder
 from pythia_jax.training.step import (
     TrainState,
     abstract_state,
@@ -43,9 +40,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where training got to. state: of checkpoint `step`. resumed_from: None for a fresh start."""
+    """Where training got to.
 
-    folder: Path
+    folder: a `Path`, on a bucket an `epath.Path`, which does the same. state: of checkpoint `step`.
+    resumed_from: None for a fresh start.
+    """
+
+    folder: Any
     step: int
     state: TrainState
     resumed_from: int | None
@@ -68,11 +69,11 @@ def train(
 
     Raises ConfigError if the folder holds another run or the mesh does not fit, RuntimeError if
     it holds checkpoints but none to go on from, NonFiniteError if the loss stops being a number,
-    CheckpointError if a checkpoint cannot be written, and Preempted, with everything saved, when
-    the process is told to leave.
+    CheckpointError if a checkpoint cannot be written, LeaseError if a folder on a bucket is or
+    becomes another run's, and Preempted, with everything saved, when the process is told to leave.
     """
     began = time.perf_counter()
-    stop, folder = last_step(config, stop_at), Path(config.checkpoint.directory)
+    stop = last_step(config, stop_at)
     mesh = sharding.make_mesh(config.mesh)
     asked, config = config, on_devices(config, mesh)
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
@@ -92,7 +93,7 @@ def train(
         # First in and last out: a notice must not cut short the last write.
         notices() as notice,
         jax.set_mesh(mesh),
-        run_folder(asked),
+        run_folder(asked) as files,
         Checkpoints(config, like) as checkpoints,
     ):
         resumed, state = checkpoints.restore_newest() or (None, fresh_state(config, mesh))
@@ -102,11 +103,15 @@ def train(
             stop = start
         leave, pod, feed = False, Vote(mesh), read_ahead(batches, start, stop)
         with (
-            Telemetry(config, start, schedule, show_progress, began=began) as telemetry,
-            Profile(folder / "profile", start + 1, profile_steps) as profile,
-            diagnosed(config, batches, lambda: state),
+            Telemetry(
+                config, start, schedule, show_progress, folder=files.folder, began=began
+            ) as telemetry,
+            Profile(files.folder / "profile", start + 1, profile_steps) as profile,
+            diagnosed(config, batches, lambda: state, files),
         ):
+            files.begin(start)
             for step in range(start, stop + 1):
+                files.check()
                 checkpoints.check()
                 # Before the checkpoint: none is written of a loss that is no number.
                 if validation is not None and evaluation_due(config, step):
@@ -117,7 +122,8 @@ def train(
                 leave, due = pod.vote(notice.received, checkpoints.clock_due())
                 save = leave or due or step == stop
                 if save or checkpoints.scheduled(step):
-                    telemetry.flush()
+                    telemetry.sync()
+                    files.upload()
                     checkpoints.save(step, state, resume=save)
                     telemetry.restart_clock()
                 if leave or step >= stop:
@@ -129,11 +135,11 @@ def train(
                 state, metrics = jitted_train_step(state, tokens, config=config)
                 telemetry.step(step, metrics, waited)
         if is_first():
-            plot_loss(folder, config.name)
+            plot_loss(files.folder, config.name)
     if leave and step < stop:
         why = notice.reason or "another process was told to leave"
-        raise Preempted(f"{folder}: {why}; saved at step {step}, start again to go on")
-    return TrainResult(folder, step, state, resumed)
+        raise Preempted(f"{files.place}: {why}; saved at step {step}, start again to go on")
+    return TrainResult(files.place, step, state, resumed)
 
 
 def last_step(config: RunConfig, stop_at: int | None) -> int:
@@ -210,27 +216,3 @@ def check_data(config: RunConfig) -> None:
     assert config.model is not None
     paths = dict.fromkeys([*config.data.train, *config.data.validation])
     check_ids(paths, config.model.vocab_size)
-
-
-@contextmanager
-def run_folder(config: RunConfig) -> Iterator[None]:
-    """Make or take over the run folder, and keep every other run out of it.
-
-    One process of a run does so for all of them.
-    """
-    if not is_first():
-        yield
-        return
-    folder = run_folder_of(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
-        try:
-            held.enter_context(locked(folder / ".lock", wait=False))
-        except BlockingIOError:
-            raise RuntimeError(f"{folder}: another process is training in this folder") from None
-        except OSError as error:
-            raise RuntimeError(
-                f"{folder}: cannot be locked ({error}); a run folder wants a file system with locks"
-            ) from None
-        enter_run(config, folder)
-        yield

@@ -83,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.hang_up()
         if server.token and self.headers.get("Authorization") != f"Bearer {server.token}":
             return self.answer(401, b"who are you?")
-        if path.startswith(("/api/", "/storage/")):
+        if path.startswith("/api/"):
             return self.api(path)
         if server.back is not None:
             return self.redirect(path, server.back)
@@ -121,16 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(302, b"", headers)
 
     def api(self, path: str) -> None:
-        """What of the hub's and of Google's interfaces the readers use."""
+        """What of the hub's interface the readers use."""
         files = self.server.back.files if self.server.back else self.server.files
-        bucket = re.fullmatch(r"/storage/v1/b/[^/]+/o(?:/(.*))?", path)
-        if bucket and bucket[1]:
-            return self.send_range(f"/{bucket[1]}", None)
-        if bucket:
-            query = parse_qs(urlsplit(self.path).query)
-            first, stop = query["startOffset"][0], query["endOffset"][0]
-            items = [{"name": name[1:]} for name in files if first <= name[1:] < stop]
-            return self.answer(200, json.dumps({"items": items}).encode())
         tree = re.fullmatch(r"/api/datasets/org/repo/tree/(main|v1)(?:/(.*))?", path)
         if tree is None:
             return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})

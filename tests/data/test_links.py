@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from urllib.request import Request, urlopen
 
+import google_storage
 import numpy as np
 import pytest
 import tensorstore as ts
@@ -257,18 +258,19 @@ def test_an_object_that_shrinks_is_a_clear_error(s3):
 
 
 def test_google_storage_reads_as_local(local_dataset, monkeypatch):
-    """Against a stand-in that answers the two calls that TensorStore makes."""
+    """Against a stand-in on this machine."""
     local, files = local_dataset
-    objects = {**files_of("/p/data", files[".bin"], 200_001), "/p/data.idx": files[".idx"]}
-    server = RangeServer(objects)
-    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
-    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "test")
-    with serving(server):
-        found = open("gs://bucket1/p/data")
-        assert np.array_equal(found.sizes, local.sizes)
-        assert np.array_equal(found[2000], local[2000])
-        with pytest.raises(FileNotFoundError, match=r"gs://bucket1/p/gone.bin: no such file"):
-            find_tokens("gs://bucket1/p/gone")
+    server = google_storage.running()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    objects = {**files_of("p/data", files[".bin"], 200_001), "p/data.idx": files[".idx"]}
+    for key, content in objects.items():
+        server.put("bucket1", key, content)
+    found = open("gs://bucket1/p/data")
+    assert np.array_equal(found.sizes, local.sizes)
+    assert np.array_equal(found[2000], local[2000])
+    with pytest.raises(FileNotFoundError, match=r"gs://bucket1/p/gone.bin: no such file"):
+        find_tokens("gs://bucket1/p/gone")
 
 
 def test_file_urls_read_as_paths(local_dataset, tmp_path):

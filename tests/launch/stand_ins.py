@@ -76,7 +76,7 @@ elif verb == "ssh":
 UV = """
 if sys.argv[1] == "pip":
     extra = sys.argv[-1]
-    assert extra == "./source[tpu]" and Path("source/pyproject.toml").exists(), extra
+    assert extra == "./source[tpu,bucket]" and Path("source/pyproject.toml").exists(), extra
     assert "jax==" in Path(sys.argv[sys.argv.index("--constraint") + 1]).read_text()
     python = Path(".venv/bin/python")
     python.parent.mkdir(parents=True)

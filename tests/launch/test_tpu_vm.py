@@ -173,7 +173,6 @@ def test_dry_run_shows_commands_and_calls_nothing(
     [
         (["--training.stesp", "20"], "stesp"),
         (["--checkpoint.directory", "runs/night"], "mount storage"),
-        (["--checkpoint.directory", "gs://bucket/night"], "is on a bucket"),
         (["--mesh.tensor", "5"], "mesh:"),
         (["--mesh.slices", "2"], "mesh.slices: 2, but --slices 1"),
     ],

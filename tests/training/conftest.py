@@ -1,8 +1,10 @@
-"""A small run: real data on disk, a model of two layers."""
+"""A small run: real data on disk, a model of two layers; and a place on a bucket for it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import google_storage
 import numpy as np
 import pytest
 
@@ -51,3 +53,37 @@ def make_config(tmp_path: Path) -> Callable[..., RunConfig]:
         return configs.from_dict(values)
 
     return make
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Place":
+    """An empty folder on a stand-in for Google's storage; this process has a cache of its own."""
+    server = google_storage.running()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    pytest.importorskip("gcsfs")  # which reads the environment as it comes in, fsspec as well
+    config = pytest.importorskip("fsspec.config")
+    monkeypatch.setitem(config.conf, "gcs", {"token": "anon"})
+    monkeypatch.setenv("PYTHIA_JAX_CACHE", str(tmp_path / "cache"))
+    return Place(server, tmp_path.name)
+
+
+@dataclass(frozen=True)
+class Place:
+    server: google_storage.GoogleStorage
+    bucket: str
+
+    @property
+    def url(self) -> str:
+        return f"gs://{self.bucket}/runs/night"
+
+    def names(self, folder: str = "") -> list[str]:
+        """Keys of the run folder, in one of its folders."""
+        found = self.server.keys(self.bucket, f"runs/night/{folder}")
+        return [key.removeprefix("runs/night/") for key in found]
+
+    def put(self, key: str, content: bytes) -> None:
+        self.server.put(self.bucket, f"runs/night/{key}", content)
+
+    def content(self, key: str) -> bytes:
+        return self.server.content(self.bucket, f"runs/night/{key}")

@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from checkpoint_runs import opened
 from small_runs import Make
 
 from pythia_jax import configs, data
@@ -130,13 +129,6 @@ def test_other_surroundings_are_told(
     with caplog.at_level("WARNING", "pythia_jax"):
         train(config, stop_at=4, show_progress=False)
     assert "equal to rounding only" in caplog.text and "-> 77" in caplog.text
-
-
-@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run"])
-def test_a_run_folder_on_a_bucket_is_refused(make_config: Make, url: str) -> None:
-    config = make_config(checkpoint={"directory": url})
-    with pytest.raises(ConfigError, match=rf"checkpoint\.directory: '{url}' is on a bucket"):
-        opened(config)
 
 
 def test_surroundings_are_the_runtime_the_mesh_and_the_cores(make_config: Make) -> None:

@@ -118,11 +118,11 @@ def test_held_out_batches_of_an_evaluation_follow_those_before(make_config: Make
         assert held_out_loss(params, config, batches, step) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_run_folder_on_a_bucket_is_refused_and_no_folder_is_made(
+def test_a_run_folder_on_another_bucket_is_refused_and_no_folder_is_made(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = make_config(checkpoint={"directory": "gs://bucket/night"})
-    with pytest.raises(ConfigError, match=r"checkpoint\.directory.*bucket"):
+    config = make_config(checkpoint={"directory": "s3://bucket/night"})
+    with pytest.raises(ConfigError, match=r"s3://bucket/night.*only gs:// is served"):
         train(config, show_progress=False)
-    assert not (tmp_path / "gs:").exists()
+    assert not (tmp_path / "s3:").exists()
