@@ -10,10 +10,10 @@ statuses=$(mktemp -d "${SLURM_SUBMIT_DIR:-$PWD}/.slurm-${SLURM_JOB_ID}-XXXXXX") 
 trap : TERM # a job that is preempted: its tasks save, this waits for them
 # Each task leaves its status in a file: srun tells the highest, which hides an error behind the
 # SIGKILL of those that it then ends.
-srun --kill-on-bad-exit=1 bash "$here/slurm_task.sh" "$statuses" "$python" "$@"
+srun --kill-on-bad-exit=1 bash "$here/train.sh" "$statuses" "$python" "$@"
 srun_status=$?
 
-mapfile -t ended < <(cat "$statuses"/* 2> /dev/null)
+mapfile -t ended < <(cat "$statuses"/*.status 2> /dev/null)
 rm -rf "$statuses"
 if ((${#ended[@]} == 0)); then
   ended=("$srun_status")

@@ -7,7 +7,7 @@ bash "$here/stop.sh"
 rm -f train.status
 printf -- '--- %s train %s\n' "$(date -u +%FT%TZ)" "$*" >> train.log
 # Not a group leader itself, so setsid starts the script under this very process id.
-setsid nohup bash "$here/run.sh" "$@" >> train.log 2>&1 < /dev/null &
+setsid nohup bash "$here/train.sh" . .venv/bin/python source/config.yaml "$@" >> train.log 2>&1 < /dev/null &
 group=$!
 echo "$group" > train.pid
 # Until it is there to be seen: status.sh would call it lost.

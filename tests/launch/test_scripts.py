@@ -26,7 +26,7 @@ def shellcheck() -> str:
 
 def test_there_is_shell_to_check() -> None:
     names = {path.name for path in SHELL}
-    assert {"install.sh", "run.sh", "start.sh", "status.sh", "stop.sh", "slurm_job.sh"} <= names
+    assert {"install.sh", "start.sh", "status.sh", "stop.sh", "slurm_job.sh", "train.sh"} <= names
 
 
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)

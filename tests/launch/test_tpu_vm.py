@@ -200,7 +200,7 @@ def test_a_package_is_the_same_bytes_of_the_same_files(config: Path) -> None:
     assert {"pyproject.toml", "config.yaml", "constraints.txt", "pythia_jax/__init__.py"} <= set(
         names
     )
-    assert "launch/worker/run.sh" in names
+    assert "launch/worker/train.sh" in names
     assert not [name for name in names if "__pycache__" in name or "tests" in name]
     config.write_text(config.read_text() + "\n")
     assert packed(config) != package

@@ -1,5 +1,6 @@
 """A fault at any file operation of a save costs at most that save."""
 
+import itertools
 import json
 import os
 import shutil
@@ -61,21 +62,41 @@ def test_a_fault_in_a_save_leaves_the_last_checkpoint(
     check_every(make_config, faulty_disk, mode, first=3, stride=16)
 
 
-@pytest.mark.parametrize("at", [20, 60])
-def test_a_kill_at_an_operation_of_a_save_leaves_the_last_checkpoint(
-    make_config: Make, faulty_disk: Path, at: int
-) -> None:
-    done = faulty_save(make_config(), faulty_disk, "kill", at, 1)
+def check_kill(make_config: Make, disk: Path, at: int) -> bool:
+    """Kill a save at an operation and go on from what is left; False if it has not so many."""
+    done = faulty_save(make_config(), disk, "kill", at, 1)
+    if done.returncode == 0:
+        return json.loads(done.stdout)["operations"] > at
     assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
     left = make_config(f"trial-{at}")
     with opened(left) as run:
         found = run.restore_newest()
-        assert found is not None and found[0] == 0
-        assert_same_bits(found[1], random_state(like(left), 0))
-        run.save(1, random_state(like(left), 1), resume=True)
+        assert found is not None, f"operation {at}: the good checkpoint is lost"
+        step, state = found
+        assert_same_bits(state, random_state(like(left), step))
+        run.save(step + 1, random_state(like(left), step + 1), resume=True)
     with opened(left) as run:
-        found = run.restore_newest()
-    assert found is not None and found[0] == 1
+        again = run.restore_newest()
+    assert again is not None and again[0] == step + 1
+    return True
+
+
+@pytest.mark.parametrize("at", [20, 60])
+def test_a_kill_at_an_operation_of_a_save_leaves_the_last_checkpoint(
+    make_config: Make, faulty_disk: Path, at: int
+) -> None:
+    assert check_kill(make_config, faulty_disk, at)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_kill_at_every_operation_of_a_save_leaves_the_last_checkpoint(
+    make_config: Make, faulty_disk: Path
+) -> None:
+    tried = itertools.takewhile(
+        lambda at: check_kill(make_config, faulty_disk, at), itertools.count()
+    )
+    assert sum(1 for _ in tried) > 50
 
 
 @pytest.mark.slow
