@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from pythia_jax.bridge import hf
+from pythia_jax.bridge import hf_config, hf_out
 from pythia_jax.configs import ModelConfig
 from pythia_jax.model.parameters import TABLE, Parameter, Params, standard_deviations, tree
 
@@ -55,11 +55,11 @@ def hf_model(
     attention: str = "eager",
 ) -> GPTNeoXForCausalLM:
     """transformers' model with these weights, in eval mode."""
-    fields = hf.config_json(config, "float32", eod=0)
+    fields = hf_config.config_json(config, "float32", eod=0)
     fields["attn_implementation"] = attention
     model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**fields))
     model = model.to(dtype)
-    state = {name: torch.tensor(np.asarray(value)) for name, value in hf.tensors(params)}
+    state = {name: torch.tensor(np.asarray(value)) for name, value in hf_out.tensors(params)}
     state["lm_head.weight"] = state.pop("embed_out.weight")
     missing, surplus = model.load_state_dict(state, strict=False)
     assert not missing and not surplus, (missing, surplus)

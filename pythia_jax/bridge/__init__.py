@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pythia_jax import suite
-from pythia_jax.bridge import hf, run
-from pythia_jax.bridge.hf import CheckpointError
+from pythia_jax.bridge import hf_config, hf_in, hf_out, run
 from pythia_jax.bridge.model import Model, dtype_name
+from pythia_jax.bridge.opened import CheckpointError
 from pythia_jax.data.storage import is_url
 from pythia_jax.training.bucket import path_of
 
@@ -52,10 +52,10 @@ def load(
             f"{folder}: revision {revision!r} is of models on the hub, and this is a folder; drop "
             "it, or choose a checkpoint of a run folder with step"
         )
-    if hf.is_hf_folder(folder):
+    if hf_config.is_hf_folder(folder):
         if step is not None:
             raise ValueError(f"{folder}: a Hugging Face folder holds one checkpoint; drop step")
-        return hf.load(folder, dtype)
+        return hf_in.load(folder, dtype)
     if run.is_run_folder(folder):
         return run.load(folder, step, dtype)
     raise FileNotFoundError(
@@ -77,7 +77,7 @@ def _check_dtype(dtype: DTypeLike) -> None:
 def _why_there_is_nothing(path: Path, revision: str | None, step: int | None) -> str:
     if path.exists():
         return f"{path} is a file; a Hugging Face folder or a run folder is wanted"
-    moved = hf.interrupted(path)
+    moved = hf_out.interrupted(path)
     if moved is not None:
         return (
             f"{path}: an export was killed as it was replacing this folder; what it held is whole "
@@ -107,5 +107,5 @@ def save_hf(
     dtype: DTypeLike | None = None,
     max_shard_size: int | None = None,
 ) -> None:
-    """Write a folder that `transformers` loads; see `pythia_jax.bridge.hf.save`."""
-    hf.save(model, Path(folder), dtype=dtype, max_shard_size=max_shard_size)
+    """Write a folder that `transformers` loads; see `pythia_jax.bridge.hf_out.save`."""
+    hf_out.save(model, Path(folder), dtype=dtype, max_shard_size=max_shard_size)

@@ -16,7 +16,7 @@ from hf_folders import load_theirs, our_logits, our_model, stored
 from reference import TINY, hf_logits, random_params, random_tokens
 
 import pythia_jax as pj
-from pythia_jax.bridge import Model, hf
+from pythia_jax.bridge import Model, hf_out
 from pythia_jax.configs import ModelConfig
 
 # What transformers makes of it.
@@ -133,9 +133,9 @@ def kill_at_rename(monkeypatch, number, saving):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
-        patch.setattr(hf.os, "getpid", lambda: 2**22 + 1)  # more than Linux ever gives out
+        patch.setattr(hf_out.os, "getpid", lambda: 2**22 + 1)  # more than Linux ever gives out
         # Somebody killed does not tidy up either.
-        patch.setattr(hf.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(hf_out.shutil, "rmtree", lambda *args, **kwargs: None)
         with pytest.raises(Kill):
             saving()
 
@@ -156,7 +156,7 @@ def test_export_killed_as_it_moves_loses_nothing_and_is_put_right(number, folder
         with pytest.raises(FileNotFoundError, match=r"whole in .*\.model\.replaced"):
             pj.load(folder)
         # One that fails puts back what was there.
-        monkeypatch.setattr(hf, "_write_weights", lambda *args: 1 / 0)
+        monkeypatch.setattr(hf_out, "_write_weights", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pj.save_hf(model, folder)
         assert stored(folder) == before
@@ -254,7 +254,7 @@ def test_current_folder_is_not_replaced_under_the_users_feet(name, tmp_path, mon
 def test_failed_export_leaves_what_was_there(existing, folder, monkeypatch):
     target = folder if existing else folder.parent / "new"
     before = listing(folder.parent)
-    real, calls = hf.save_file, []
+    real, calls = hf_out.save_file, []
 
     def fail_at_the_third(*args, **kwargs):
         calls.append(args)
@@ -262,7 +262,7 @@ def test_failed_export_leaves_what_was_there(existing, folder, monkeypatch):
             raise OSError(28, "No space left on device")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(hf, "save_file", fail_at_the_third)
+    monkeypatch.setattr(hf_out, "save_file", fail_at_the_third)
     with pytest.raises(OSError, match="No space"):
         pj.save_hf(our_model(), target, max_shard_size=40_000)
     assert listing(folder.parent) == before
@@ -297,8 +297,8 @@ def test_export_takes_dtypes_as_well_as_their_names(dtype, name, tmp_path):
 
 
 def test_weights_are_cut_into_shards_without_being_asked(tmp_path, monkeypatch):
-    assert hf.SHARD_BYTES == 5_000_000_000
-    monkeypatch.setattr(hf, "SHARD_BYTES", 40_000)
+    assert hf_out.SHARD_BYTES == 5_000_000_000
+    monkeypatch.setattr(hf_out, "SHARD_BYTES", 40_000)
     pj.save_hf(our_model(), tmp_path / "default")
     pj.save_hf(our_model(), tmp_path / "asked", max_shard_size=40_000)
     assert len(list((tmp_path / "default").glob("*.safetensors"))) > 1
@@ -306,7 +306,7 @@ def test_weights_are_cut_into_shards_without_being_asked(tmp_path, monkeypatch):
 
 
 def test_only_one_shard_is_in_memory(tmp_path, monkeypatch):
-    sizes, alive, real = [], [], hf.save_file
+    sizes, alive, real = [], [], hf_out.save_file
 
     def save_file(pending, path, **how):
         # Arrays of the shards before are gone by the time that the next is written.
@@ -315,7 +315,7 @@ def test_only_one_shard_is_in_memory(tmp_path, monkeypatch):
         sizes.append(sum(value.nbytes for value in pending.values()))
         return real(pending, path, **how)
 
-    monkeypatch.setattr(hf, "save_file", save_file)
+    monkeypatch.setattr(hf_out, "save_file", save_file)
     pj.save_hf(our_model(), tmp_path / "out", dtype="float16", max_shard_size=40_000)
     assert len(sizes) > 3 and max(sizes) <= 40_000
 

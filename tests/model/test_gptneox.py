@@ -14,7 +14,7 @@ from reference import TINY, distance, hf_logits, hf_model, random_params, random
 from transformers import GPTNeoXConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
-from pythia_jax.bridge import hf
+from pythia_jax.bridge import hf_config
 from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.model.attention import inverse_frequencies, rotary_table
 from pythia_jax.model.gptneox import forward
@@ -92,7 +92,7 @@ def test_logits_equal_transformers_however_they_are_run(runtime):
 def test_rotary_frequencies_equal_those_of_torch_bit_for_bit(rotary_size):
     # The suite has 8, 16, 20, 32 and (1b) 64.
     cosines, sines = rotary_table(rotary_size, 10000.0, 2048)
-    fields = hf.config_json(ModelConfig(rotary_size, 1, 1, rotary_pct=1.0), "float32", eod=0)
+    fields = hf_config.config_json(ModelConfig(rotary_size, 1, 1, rotary_pct=1.0), "float32", eod=0)
     table = GPTNeoXRotaryEmbedding(GPTNeoXConfig(**fields))
     frequencies = inverse_frequencies(rotary_size, 10000.0)
     assert frequencies.dtype == np.float32

@@ -8,7 +8,7 @@ import torch
 from reference import TINY, random_params
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from pythia_jax.bridge import hf
+from pythia_jax.bridge import hf_config
 from pythia_jax.configs import ModelConfig
 from pythia_jax.model import parameters
 from pythia_jax.model.parameters import TABLE
@@ -135,7 +135,7 @@ def test_init_takes_a_dtype():
 @pytest.mark.parametrize("size", ["14m", "160m", "1b", "12b"])
 def test_names_and_shapes_equal_those_of_transformers(size):
     config = ModelConfig.from_size(size)
-    fields = hf.config_json(config, "float16", eod=0)
+    fields = hf_config.config_json(config, "float16", eod=0)
     with torch.device("meta"):
         theirs = GPTNeoXForCausalLM(GPTNeoXConfig(**fields)).state_dict()
     # transformers 5 calls it lm_head in memory, embed_out in files.

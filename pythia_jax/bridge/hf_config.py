@@ -1,0 +1,144 @@
+"""`config.json` and the tokenizer's files, in and out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pythia_jax.bridge.model import Model
+from pythia_jax.configs import ConfigError, ModelConfig
+from pythia_jax.data.tokenize import EOD_TOKEN
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+COPIED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "layer_norm_eps",
+    "use_parallel_residual",
+)
+"""Fields of `config.json` that mean the same in `ModelConfig`."""
+
+
+def is_hf_folder(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The model that a `config.json` describes, in any of the forms transformers has written.
+
+    Raises ConfigError for another architecture or a value this model cannot take.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder}: no config.json; is this a Hugging Face folder?") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    if raw.get("model_type") != "gpt_neox":
+        raise ConfigError(
+            f"{path}: model_type is {raw.get('model_type')!r}; only 'gpt_neox' is known here"
+        )
+    if raw.get("tie_word_embeddings"):
+        raise ConfigError(f"{path}: tie_word_embeddings is true; Pythia's embeddings are not tied")
+    if raw.get("attention_bias") is False:
+        raise ConfigError(f"{path}: attention_bias is false; this model has attention biases")
+    # transformers 5 nests the rotary fields, 4.4x wrote them flat under new names.
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{path}: rope_parameters: {rope!r} should be a JSON object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ConfigError(f"{path}: rotary scaling {kind!r} is not supported")
+
+    def first(*candidates: Any) -> Any:
+        return next((value for value in candidates if value is not None), None)
+
+    rotary_pct = first(
+        raw.get("rotary_pct"), rope.get("partial_rotary_factor"), raw.get("partial_rotary_factor")
+    )
+    base = first(raw.get("rotary_emb_base"), rope.get("rope_theta"), raw.get("rope_theta"))
+    fields = {name: raw[name] for name in COPIED if name in raw}
+    fields["hidden_act"] = raw.get("hidden_act", "gelu")
+    if rotary_pct is not None:
+        fields["rotary_pct"] = rotary_pct
+    if base is not None:
+        fields["rotary_emb_base"] = base
+    if "vocab_size" not in fields:
+        raise ConfigError(f"{path}: vocab_size is missing")
+    try:
+        return ModelConfig.from_dict(fields)
+    except (ConfigError, OverflowError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def config_json(config: ModelConfig, dtype: str, eod: int) -> dict[str, Any]:
+    """`config.json` with both the old and the new names of the rotary and dtype fields."""
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+        "rotary_pct": config.rotary_pct,
+        "rotary_emb_base": config.rotary_emb_base,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": config.rotary_emb_base,
+            "partial_rotary_factor": config.rotary_pct,
+        },
+        "use_parallel_residual": config.use_parallel_residual,
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "classifier_dropout": 0.1,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": eod,
+        "eos_token_id": eod,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }
+
+
+def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
+    paths = [folder / name for name in TOKENIZER_FILES]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def tokenizer_files(model: Model) -> dict[str, bytes]:
+    """The tokenizer's files: those it came with, the rest as the hub has them for Pythia."""
+    files = dict(model.tokenizer_files)
+    if "tokenizer.json" not in files:
+        return files
+    if model.tokenizer is None or model.tokenizer.token_to_id(EOD_TOKEN) is None:
+        return files
+    special = {"bos_token": EOD_TOKEN, "eos_token": EOD_TOKEN, "unk_token": EOD_TOKEN}
+    if model.tokenizer.token_to_id("<|padding|>") is None:
+        # transformers would add its default, <|padding|>, with an id that the model does not have.
+        special["pad_token"] = EOD_TOKEN
+    config = {
+        "add_prefix_space": False,
+        **special,
+        "tokenizer_class": "GPTNeoXTokenizer",
+        "model_max_length": model.config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    files.setdefault("tokenizer_config.json", json_bytes(config))
+    files.setdefault("special_tokens_map.json", json_bytes(special))
+    return files
+
+
+def json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

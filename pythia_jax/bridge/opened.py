@@ -1,0 +1,99 @@
+"""`Opened`: a checkpoint of any kind, its config known, its tensors read one at a time.
+
+Every reader (Hugging Face, GPT-NeoX, our run folders) makes one, and every writer takes one: so
+any kind converts to any other, with one layer of one parameter in memory.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from pythia_jax import sharding
+from pythia_jax.bridge.model import Model
+from pythia_jax.configs import ModelConfig
+from pythia_jax.model import parameters
+from pythia_jax.model.parameters import Parameter, Params
+
+
+class CheckpointError(ValueError):
+    """Weights that are missing, misshapen or unreadable: the message names them all."""
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A checkpoint of which only names, shapes and the config have been read.
+
+    read: `read(parameter, layer)` is one layer of a parameter (layer 0 of one that is not
+        stacked) in our orientation, `parameter.shape(config)` without its `layers` axis, in the
+        dtype that it is stored in. It may be called from several threads.
+    stored_dtype: that of the weights; float32 where they are mixed.
+    step: the training step that it is the checkpoint of, where that is known.
+    facts: what is known of the training, for a model card: name → value.
+    """
+
+    config: ModelConfig
+    read: Callable[[Parameter, int], np.ndarray]
+    stored_dtype: str
+    source: str
+    tokenizer_files: dict[str, bytes] = field(default_factory=dict, repr=False)
+    step: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def layers(self, parameter: Parameter) -> range:
+        """The layers that `read` takes for a parameter."""
+        return range(self.config.num_hidden_layers if parameter.stacked else 1)
+
+    def model(self, dtype: DTypeLike = jnp.float32) -> Model:
+        """All of it in memory, on the mesh around us if there is one.
+
+        Beside the model being built there is one parameter of it, its layers stacked.
+        """
+        return Model(
+            params=self.params(dtype),
+            config=self.config,
+            tokenizer_files=self.tokenizer_files,
+            stored_dtype=self.stored_dtype,
+            source=self.source,
+        )
+
+    def params(self, dtype: DTypeLike = jnp.float32) -> Params:
+        """The tree of parameters in `dtype`, each device with its own part."""
+        mesh = jax.sharding.get_mesh()
+
+        def whole(parameter: Parameter) -> np.ndarray:
+            out = np.empty(parameter.shape(self.config), jnp.dtype(dtype))
+            for layer in self.layers(parameter):
+                target = out[layer] if parameter.stacked else out
+                target[...] = self.read(parameter, layer)
+            return out
+
+        def placed(parameter: Parameter) -> jax.Array:
+            if mesh.empty:
+                return jnp.asarray(whole(parameter))
+            place = sharding.sharding(mesh, parameter.axes)
+            value = whole(parameter)
+            return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
+
+        return parameters.tree(placed)
+
+
+def from_model(model: Model) -> Opened:
+    """A model in memory as a checkpoint to be written."""
+    table = {p.path: array for p, array in parameters.items(model.params)}
+
+    def read(parameter: Parameter, layer: int) -> np.ndarray:
+        array = table[parameter.path]
+        return np.asarray(array[layer] if parameter.stacked else array)
+
+    return Opened(
+        config=model.config,
+        read=read,
+        stored_dtype=model.stored_dtype,
+        source=model.source,
+        tokenizer_files=model.tokenizer_files,
+    )
