@@ -7,6 +7,7 @@ in `known_faults`. Faults of published weights are cited by the thread that repo
 
 import difflib
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 TOTAL_STEPS = 143_000
 BATCH_SIZE = 1024  # rows a step, over all GPUs
@@ -168,6 +169,37 @@ _MODELS = (
 
 SUITE: dict[str, SuiteModel] = {model.size: model for model in _MODELS}
 """Every size by its name, smallest first."""
+
+_FINAL_WEIGHTS = "holds weights from the end of training (pythia#205)"
+_FINAL_SHARD = (
+    "its first shard is that of the last step, so the embedding and the early layers are wrong "
+    "(pythia#206)"
+)
+_NO_WEIGHTS = "has no weights on the hub (pythia#202)"
+_LATE = (70_000, 80_000, 90_000, 100_000, 103_000, 110_000, 120_000, 130_000, 140_000)
+
+BAD_REVISIONS: dict[str, dict[int, str]] = {
+    "pythia-2.8b": {
+        step: _FINAL_WEIGHTS for step in CHECKPOINT_STEPS if step <= 65_000 or step in _LATE
+    },
+    "pythia-12b": {50_000: _FINAL_SHARD, 58_000: _FINAL_SHARD},
+    "pythia-12b-deduped": {
+        32_000: "was wrong and was uploaded again (pythia#108); a download from before still is"
+    },
+    "pythia-160m-weight-seed*": {0: "does not lead to step1 (pythia#203)"},
+    "pythia-410m-seed9": {40_000: _NO_WEIGHTS},
+    "pythia-410m-seed6": {88_000: _NO_WEIGHTS},
+    "pythia-410m-seed2": {111_000: _NO_WEIGHTS},
+}
+"""Published checkpoints that are not what their step says: run → step → what is wrong. A `*` in
+the name of a run stands for anything. `known_faults` says the same in words."""
+
+
+def bad_revision(run: str, step: int) -> str | None:
+    """What is wrong with a run's published checkpoint (`EleutherAI/pythia-12b`), if anything is."""
+    name = run.removeprefix("EleutherAI/")
+    found = (steps.get(step) for known, steps in BAD_REVISIONS.items() if fnmatchcase(name, known))
+    return next(found, None)
 
 
 def lookup(name: str) -> SuiteModel:

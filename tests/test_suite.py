@@ -1,11 +1,19 @@
 """The table of the suite: its checkpoints, its shapes, and the names it answers to."""
 
 import math
+import re
 
 import pytest
 
 from pythia_jax import suite
-from pythia_jax.suite import CHECKPOINT_STEPS, SUITE, hub_id, lookup
+from pythia_jax.suite import (
+    BAD_REVISIONS,
+    CHECKPOINT_STEPS,
+    SUITE,
+    bad_revision,
+    hub_id,
+    lookup,
+)
 
 SIZES = ["14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b"]
 OLD_NAMES = {
@@ -91,6 +99,25 @@ def test_eight_sizes_have_a_deduplicated_run():
 def test_known_faults_are_told(size, words):
     told = " ".join(SUITE[size].known_faults)
     assert [word for word in words if word not in told] == []
+
+
+def test_bad_revisions_are_those_that_the_faults_tell_of():
+    # 86 hold the final weights, and of step143000 that is right.
+    assert len(BAD_REVISIONS["pythia-2.8b"]) == 85
+    assert set(BAD_REVISIONS["pythia-2.8b"]) < set(CHECKPOINT_STEPS)
+    assert bad_revision("EleutherAI/pythia-2.8b", 143_000) is None
+    assert bad_revision("EleutherAI/pythia-2.8b", 66_000) is None
+    assert bad_revision("EleutherAI/pythia-2.8b-deduped", 1000) is None
+    assert "pythia#205" in str(bad_revision("EleutherAI/pythia-2.8b", 65_000))
+    assert "pythia#206" in str(bad_revision("pythia-12b", 58_000))
+    assert "pythia#108" in str(bad_revision("EleutherAI/pythia-12b-deduped", 32_000))
+    assert "pythia#203" in str(bad_revision("EleutherAI/pythia-160m-weight-seed2", 0))
+    told = " ".join(fault for model in SUITE.values() for fault in model.known_faults)
+    for run, steps in BAD_REVISIONS.items():
+        # What is told of seeds is told under their size, without the name in full.
+        assert run.rpartition("-")[2] in told
+        threads = {found for reason in steps.values() for found in re.findall(r"\w+#\d+", reason)}
+        assert threads and all(thread in told for thread in threads)
 
 
 @pytest.mark.parametrize("size", SIZES)

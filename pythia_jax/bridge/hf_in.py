@@ -1,87 +1,106 @@
-"""Hugging Face folders in.
+"""Hugging Face folders in: safetensors or `pytorch_model.bin`, whole or sharded.
 
-Tensor names, orientation and layer numbering come from the table of parameters.
+Tensor names, orientation and layer numbering come from the table of parameters. Opening reads
+headers only; each tensor is then read by itself, into memory of its own, and no file stays open or
+mapped: mapped pages would count as memory in use.
 """
 
 import json
 import re
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from pythia_jax.bridge import torch_files
 from pythia_jax.bridge.hf_config import read_config, read_tokenizer_files
 from pythia_jax.bridge.model import Model
-from pythia_jax.bridge.opened import CheckpointError
+from pythia_jax.bridge.opened import CheckpointError, Opened
 from pythia_jax.configs import ModelConfig
 from pythia_jax.model.parameters import TABLE, Parameter
 
-STORED_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""safetensors' names of what weights may be stored in, and what each is exported in."""
+EXPORTED = {
+    "float64": "float32",
+    "float32": "float32",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+}
+"""What weights may be stored in, and what each is exported in."""
+_SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BUFFER = re.compile(r"attention\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
 """Buffers of old transformers releases, stored beside the weights."""
 
 
-def load(folder: Path, dtype: DTypeLike = jnp.float32) -> Model:
-    """A model from a folder as `transformers` writes it (safetensors, whole or sharded).
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor that has not been read. dtype: numpy's name where it has one, else the file's."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+def open_folder(folder: Path) -> Opened:
+    """A folder as `transformers` writes it. Where both kinds of weights lie, safetensors are read.
+
+    Names, shapes and dtypes are checked against config.json now, from the files' headers.
 
     Raises ConfigError for the config and CheckpointError, which names every missing, surplus or
     wrongly shaped tensor, for the weights.
     """
     config = read_config(folder)
-    files = _weight_files(folder)
-    with ExitStack() as stack:
-        slices, dtypes = {}, set()
-        for path, names in files.items():
-            try:
-                handle = stack.enter_context(safe_open(path, framework="numpy"))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
-            stored = set(handle.keys())
-            absent = sorted(set(names or ()) - stored)
-            if absent:
-                raise CheckpointError(f"{path}: the index promises {absent[0]}, which is not in it")
-            for name in sorted(names or stored):
-                if _canonical(name) in slices:
-                    there = slices[_canonical(name)][1]
-                    raise CheckpointError(
-                        f"{path}: {name} is the same weight as {there}, which is there already"
-                    )
-                slices[_canonical(name)] = (handle, name)
-        _check_names(folder, config, slices)
-        for handle, name in slices.values():
-            dtypes.add(handle.get_slice(name).get_dtype())
-        flat = {p.path: _read(p, config, slices, jnp.dtype(dtype)) for p in TABLE}
-    return Model(
-        params=traverse_util.unflatten_dict(flat, sep="/"),
+    tensors: dict[str, _Tensor] = {}
+    for path, names in _weight_files(folder).items():
+        _collect(tensors, path, names)
+    _check(folder, config, tensors)
+
+    def read(parameter: Parameter, layer: int) -> np.ndarray:
+        value = tensors[parameter.hf_names(config)[layer]].read()
+        return value.T if parameter.transposed else value
+
+    found = {EXPORTED[tensor.dtype] for tensor in tensors.values()}
+    return Opened(
         config=config,
-        tokenizer_files=read_tokenizer_files(folder),
-        stored_dtype=_stored_dtype(dtypes),
+        read=read,
+        stored_dtype=found.pop() if len(found) == 1 else "float32",
         source=str(folder),
+        tokenizer_files=read_tokenizer_files(folder),
     )
 
 
+def load(folder: Path, dtype: DTypeLike = jnp.float32) -> Model:
+    """The whole model in memory; raises as `open_folder` does."""
+    return open_folder(folder).model(dtype)
+
+
 def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """Safetensors files and the tensors that the index, where there is one, says are in each."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return {whole: None}
-    if not index.is_file():
-        raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+    """Files with weights and the tensors that the index, where there is one, says are in each."""
+    looked_for = []
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = f"{whole}.index.json"
+        if (folder / whole).is_file():
+            return {folder / whole: None}
+        if (folder / index).is_file():
+            return _indexed(folder / index)
+        looked_for += [whole, index]
+    raise CheckpointError(f"{folder}: no weights: there is no {', no '.join(looked_for)}")
+
+
+def _indexed(index: Path) -> dict[Path, list[str] | None]:
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from None
+        raise CheckpointError(f"{index}: not an index of weights: {error!r}") from None
     files: dict[Path, list[str] | None] = {}
     for name, file in places:
         if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(f"{index}: {file!r} is not the name of a file beside it")
-        names = files.setdefault(folder / file, [])
+        names = files.setdefault(index.parent / file, [])
         assert names is not None
         names.append(name)
     missing = [path.name for path in files if not path.is_file()]
@@ -90,52 +109,101 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     return files
 
 
+def _collect(tensors: dict[str, _Tensor], path: Path, names: list[str] | None) -> None:
+    """Add the tensors of one file, under the names that the table of parameters has for them."""
+    stored = _torch_tensors(path) if path.suffix == ".bin" else _safetensors(path)
+    absent = sorted(set(names or ()) - stored.keys())
+    if absent:
+        raise CheckpointError(f"{path}: the index promises {absent[0]}, which is not in it")
+    for name in sorted(names or stored):
+        known = _canonical(name)
+        if _BUFFER.search(name):
+            continue
+        if known in tensors:
+            raise CheckpointError(
+                f"{path}: {name} is the same weight as {tensors[known].name}, which is there "
+                "already"
+            )
+        tensors[known] = stored[name]
+
+
 def _canonical(name: str) -> str:
     # transformers 5 calls the unembedding lm_head in memory, embed_out in its files.
     return "embed_out.weight" if name == "lm_head.weight" else name
 
 
-def _check_names(folder: Path, config: ModelConfig, slices: dict) -> None:
-    for name in [name for name in slices if _BUFFER.search(name)]:
-        del slices[name]
-    problems = []
+def _safetensors(path: Path) -> dict[str, _Tensor]:
+    """Its tensors, to be read by their places in the file, without the library's memory map.
+
+    The library checks the file: its header, and that the data is all there.
+    """
+    try:
+        with safe_open(path, framework="numpy") as checked, path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            stored: dict[str, dict] = {name: header[name] for name in checked.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
+
+    def tensor(name: str) -> _Tensor:
+        about = stored[name]
+        start, shape = 8 + size + about["data_offsets"][0], tuple(about["shape"])
+        kind = str(about["dtype"])
+        dtype = _SAFETENSORS.get(kind, kind)
+        return _Tensor(name, shape, dtype, lambda: _read(path, name, start, shape, dtype))
+
+    return {name: tensor(name) for name in stored}
+
+
+def _read(path: Path, name: str, start: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    kind = jnp.dtype(dtype)
+    count = int(np.prod(shape, dtype=np.int64))
+    raw = np.fromfile(path, np.dtype(f"u{kind.itemsize}"), count, offset=start)
+    if raw.size != count:
+        raise CheckpointError(f"{path}: ends in the middle of {name}: it changed while it was read")
+    return raw.view(kind).reshape(shape)
+
+
+def _torch_tensors(path: Path) -> dict[str, _Tensor]:
+    tree = torch_files.open_torch(path)
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path}: holds a {type(tree).__name__}, not tensors by name")
+    tensors = {}
+    for name, value in tree.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path}: {name!r} is no name of a tensor")
+        if not isinstance(value, torch_files.TorchTensor):
+            raise CheckpointError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
+        tensors[name] = _Tensor(name, tuple(value.shape), value.dtype.name, value.read)
+    return tensors
+
+
+def _check(folder: Path, config: ModelConfig, tensors: dict[str, _Tensor]) -> None:
     expected: dict[str, tuple[int, ...]] = {}
     for parameter in TABLE:
         shape = parameter.shape(config)[int(parameter.stacked) :]
         shape = shape[::-1] if parameter.transposed else shape
         expected.update(dict.fromkeys(parameter.hf_names(config), shape))
+    problems = []
     for label, names in (
-        ("missing", expected.keys() - slices.keys()),
-        ("surplus", slices.keys() - expected.keys()),
+        ("missing", expected.keys() - tensors.keys()),
+        ("surplus", tensors.keys() - expected.keys()),
     ):
         if names:
-            shown = sorted(names)
-            more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
-            problems.append(f"{label}: {', '.join(shown[:8])}{more}")
-    for name in sorted(expected.keys() & slices.keys()):
-        handle, stored = slices[name]
-        shape = tuple(handle.get_slice(stored).get_shape())
-        if shape != expected[name]:
-            problems.append(f"{name} has shape {shape}, config.json wants {expected[name]}")
-        kind = handle.get_slice(stored).get_dtype()
-        if kind not in STORED_DTYPES:
-            problems.append(f"{name} holds {kind}, not floats")
+            problems.append(f"{label}: {_some(names)}")
+    for name in sorted(expected.keys() & tensors.keys()):
+        tensor = tensors[name]
+        if tensor.shape != expected[name]:
+            problems.append(f"{name} has shape {tensor.shape}, config.json wants {expected[name]}")
+        if tensor.dtype not in EXPORTED:
+            problems.append(f"{name} holds {tensor.dtype}, not floats")
     if problems:
         raise CheckpointError(
             f"{folder}: the weights do not fit config.json: {'; '.join(problems)}"
         )
 
 
-def _read(parameter: Parameter, config: ModelConfig, slices: dict, dtype: np.dtype) -> Any:
-    """One row of the table, its layers stacked, in our orientation and dtype."""
-    out = np.empty(parameter.shape(config), dtype)
-    for layer, name in enumerate(parameter.hf_names(config)):
-        handle, stored = slices[name]
-        value = handle.get_tensor(stored)
-        target = out[layer] if parameter.stacked else out
-        target[...] = value.T if parameter.transposed else value
-    return jnp.asarray(out)
-
-
-def _stored_dtype(found: set[str]) -> str:
-    return STORED_DTYPES[next(iter(found))] if len(found) == 1 else "float32"
+def _some(names: Iterable[str]) -> str:
+    shown = sorted(names)
+    more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
+    return f"{', '.join(shown[:8])}{more}"

@@ -1,18 +1,26 @@
 """Hugging Face folders in: every form of config.json, and weights with more, less or wrong."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import torch
-from hf_folders import stored, write_theirs
+from hf_folders import as_torch_files, stored, write_theirs
 from reference import TINY
 from safetensors.torch import load_file, save_file
 
 import pythia_jax as pj
-from pythia_jax.bridge import CheckpointError
+from pythia_jax.bridge import CheckpointError, hf_in
 from pythia_jax.configs import ConfigError
+from pythia_jax.model.parameters import TABLE
 
 
 def change_config(folder, drop=(), **values):
@@ -253,3 +261,204 @@ def test_scalar_in_the_place_of_a_weight_is_an_error(folder):
     change_tensors(folder, lambda t: t.update({name: torch.tensor(1.0)}))
     with pytest.raises(CheckpointError, match=r"final_layer_norm\.bias has shape \(\)"):
         pj.load(folder)
+
+
+# What lies in pytorch_model.bin.
+
+
+def bits(opened):
+    """All tensors as they are read: path and layer → dtype, shape and bytes."""
+    return {
+        (parameter.path, layer): (
+            value.dtype.name,
+            value.shape,
+            np.ascontiguousarray(value).tobytes(),
+        )
+        for parameter in TABLE
+        for layer in opened.layers(parameter)
+        for value in [opened.read(parameter, layer)]
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shards", [1, 3], ids=["one file", "shards"])
+def test_torch_files_hold_what_the_safetensors_held(shards, dtype, tmp_path):
+    folder = write_theirs(tmp_path / "model", dtype=dtype)
+    expected = hf_in.open_folder(folder)
+    tensors = bits(expected)
+    opened = hf_in.open_folder(as_torch_files(folder, shards))
+    assert {kind for kind, _, _ in tensors.values()} == {dtype}
+    assert bits(opened) == tensors
+    assert opened.stored_dtype == expected.stored_dtype == dtype
+    assert opened.config == expected.config
+
+
+def test_torch_file_with_buffers_and_lm_head_is_read_as_safetensors_are(folder):
+    tensors = bits(hf_in.open_folder(folder))
+    as_torch_files(folder)
+    held = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    held["lm_head.weight"] = held.pop("embed_out.weight")
+    held["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.uint8)
+    held["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
+    torch.save(held, folder / "pytorch_model.bin")
+    assert bits(hf_in.open_folder(folder)) == tensors
+
+
+def test_safetensors_go_before_torch_files(folder):
+    (folder / "pytorch_model.bin").write_bytes(b"not looked at")
+    assert hf_in.open_folder(folder).stored_dtype == "float32"
+
+
+class Evil:
+    """Unpickled as usual, it would make a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_torch_file_with_code_is_refused_and_the_code_not_run(folder, tmp_path):
+    as_torch_files(folder)
+    held = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save({**held, "more": Evil(tmp_path / "made")}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*mkdir"):
+        hf_in.open_folder(folder)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds a list"),
+        ({"a": 3}, "'a' is a int, not a tensor"),
+        ({1: torch.ones(2)}, "1 is no name of a tensor"),
+        (torch.ones(2), "holds a TorchTensor"),
+    ],
+    ids=lambda value: "",
+)
+def test_torch_file_of_something_else_is_an_error(content, message, folder):
+    as_torch_files(folder)
+    torch.save(content, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=rf"pytorch_model\.bin: {message}"):
+        hf_in.open_folder(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 20_000, -1])
+def test_truncated_torch_file_is_an_error_that_names_it(keep, folder):
+    path = as_torch_files(folder) / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: "):
+        hf_in.open_folder(folder)
+
+
+def test_missing_torch_shard_is_named(folder):
+    as_torch_files(folder, shards=3)
+    shard = folder / "pytorch_model-00002-of-00003.bin"
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"not there: {shard.name}"):
+        hf_in.open_folder(folder)
+
+
+def test_misshapen_torch_tensors_stand_in_one_error(folder):
+    as_torch_files(folder)
+    held = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    held["gpt_neox.final_layer_norm.weight"] = torch.zeros(47)
+    held["gpt_neox.final_layer_norm.bias"] = torch.zeros(48, dtype=torch.int32)
+    del held["gpt_neox.embed_in.weight"]
+    torch.save(held, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError) as error:
+        hf_in.open_folder(folder)
+    for part in ("missing: gpt_neox.embed_in.weight", "shape (47,)", "holds int32, not floats"):
+        assert part in str(error.value)
+
+
+# Reading, a tensor at a time.
+
+
+def test_threads_may_read_at_once(folder):
+    opened = hf_in.open_folder(folder)
+    tensors = bits(opened)
+    places = [(p, layer) for p in TABLE for layer in opened.layers(p)] * 20
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda place: opened.read(*place).tobytes(), places))
+    plain = {(p.path, layer): opened.read(p, layer).tobytes() for p, layer in places}
+    assert read == [plain[p.path, layer] for p, layer in places]
+    assert len(tensors) == len(plain)
+
+
+def test_file_cut_after_opening_is_an_error_and_not_other_values(folder):
+    opened = hf_in.open_folder(folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:10_000])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: ends in the middle of "):
+        bits(opened)
+
+
+def write_hollow(folder, config, dtype="F16"):
+    """A folder whose weights are a hole in the file: as large as need be, and on no disk."""
+    width = {"F16": 2, "F32": 4}[dtype]
+    header, end = {}, 0
+    for parameter in TABLE:
+        shape = parameter.shape(config)[int(parameter.stacked) :]
+        for name in parameter.hf_names(config):
+            stop = end + width * int(np.prod(shape))
+            shown = list(shape[::-1] if parameter.transposed else shape)
+            header[name] = {"dtype": dtype, "shape": shown, "data_offsets": [end, stop]}
+            end = stop
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)
+    fields = {"model_type": "gpt_neox", "rotary_pct": 0.25}
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    fields.update({name: getattr(config, name) for name in (*names, "intermediate_size")})
+    (folder / "config.json").write_text(json.dumps(fields))
+    return end
+
+
+READ_ALL = """
+import sys
+from pathlib import Path
+from pythia_jax.bridge import hf_in
+from pythia_jax.model.parameters import TABLE
+def memory(key):
+    line = next(l for l in open("/proc/self/status") if l.startswith(key))
+    return int(line.split()[1]) * 1024
+before = memory("VmRSS")
+opened = hf_in.open_folder(Path(sys.argv[1]))
+for parameter in TABLE:
+    for layer in opened.layers(parameter):
+        assert opened.read(parameter, layer).shape
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
+def test_memory_of_reading_a_large_file_is_that_of_its_largest_tensor(tmp_path):
+    config = replace(
+        TINY, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, vocab_size=50_304,
+        intermediate_size=4096,
+    )  # fmt: skip
+    assert write_hollow(tmp_path / "410m", config) > 800e6
+    ran = subprocess.run(
+        [sys.executable, "-c", READ_ALL, str(tmp_path / "410m")],
+        check=True, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    largest = 2 * 50_304 * 1024
+    assert largest < int(ran.stdout) < 1.5 * largest + 50e6
+
+
+def test_opening_reads_headers_only(tmp_path):
+    config = replace(
+        TINY, hidden_size=5120, num_hidden_layers=36, num_attention_heads=40, vocab_size=50_688,
+        intermediate_size=20_480,
+    )  # fmt: skip
+    assert write_hollow(tmp_path / "12b", config) > 23e9
+    start = time.monotonic()
+    opened = hf_in.open_folder(tmp_path / "12b")
+    assert time.monotonic() - start < 2
+    assert opened.config.num_hidden_layers == 36
