@@ -7,6 +7,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from pythia_jax.model_config import (
     Runtime,
     check_remat,
 )
+from pythia_jax.recipe import OptimizerConfig, Recipe, fill_in
 
 __all__ = [
     "EXACT_GELU",
@@ -33,6 +35,7 @@ __all__ = [
     "DataConfig",
     "DistributedConfig",
     "EvaluationConfig",
+    "InitializeConfig",
     "LoggingConfig",
     "MeshConfig",
     "ModelConfig",
@@ -158,48 +161,6 @@ class DataConfig(Section, where="data"):
 
 
 @dataclass(frozen=True)
-class OptimizerConfig(Section, where="optimizer"):
-    """Decoupled AdamW under GPT-NeoX v1.0's schedule; the defaults are pythia-70m's."""
-
-    peak_learning_rate: float = 1e-3
-    min_learning_rate: float = 1e-4
-    schedule: Literal["neox_v1"] = "neox_v1"
-    warmup_fraction: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    gradient_clip: float = 1.0
-
-    def _check(self) -> None:
-        peak, floor = self.peak_learning_rate, self.min_learning_rate
-        require(peak > 0, "optimizer.peak_learning_rate", peak, "it must be > 0")
-        require(
-            0 <= floor <= peak,
-            "optimizer.min_learning_rate",
-            floor,
-            f"it must lie between 0 and peak_learning_rate ({peak})",
-        )
-        require(
-            0 <= self.warmup_fraction < 1,
-            "optimizer.warmup_fraction",
-            self.warmup_fraction,
-            "it is a share of the steps, from 0 to less than 1",
-        )
-        require(
-            all(0 <= b < 1 for b in self.betas),
-            "optimizer.betas",
-            self.betas,
-            "each must be from 0 to less than 1",
-        )
-        for name in ("eps", "gradient_clip"):
-            value = getattr(self, name)
-            require(value > 0, f"optimizer.{name}", value, "it must be > 0")
-        require(
-            self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "it must be >= 0"
-        )
-
-
-@dataclass(frozen=True)
 class TrainingConfig(Section, where="training"):
     """How long, how wide and in which precision. `batch_size` is rows a step, over all devices.
 
@@ -208,6 +169,8 @@ class TrainingConfig(Section, where="training"):
     attention, remat: `Runtime` says what they mean.
     on_nonfinite: a loss or gradient that is no number changes no parameter; `stop` ends the run,
         `skip` goes on with the next batch.
+    doubled_scale_quirk: whether, in float16, the gradient of a step at which the loss scale doubles
+        is divided by the doubled scale, and so halved; else by the scale that it was made with.
     """
 
     steps: int = 143000
@@ -217,6 +180,7 @@ class TrainingConfig(Section, where="training"):
     attention: Attention = "auto"
     remat: str = "full"
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    doubled_scale_quirk: bool = True
     seed: int = 1234
 
     def _check(self) -> None:
@@ -330,14 +294,55 @@ class LoggingConfig(Section, where="logging"):
 
 
 @dataclass(frozen=True)
+class InitializeConfig(Section, where="initialize_from"):
+    """Weights that a run starts from, in place of fresh ones; `bridge.start` reads them.
+
+    model: whatever `pj.load` takes. revision: of a model on the hub; of a run folder, `stepN`
+        chooses the checkpoint, where that is not the one of `step`.
+    step: the place in data and schedule where training begins; batches 0 to `step` - 1 count as
+        seen. Left open, it is the source's own.
+    optimizer_state: Adam's moments: the source's own (`checkpoint`), averaged from the gradients
+        of the last K batches before `step` (`rebuild:K`), or none (`zero`).
+    """
+
+    model: str
+    revision: str | None = None
+    step: int | None = None
+    optimizer_state: str = "zero"
+
+    def _check(self) -> None:
+        require(bool(self.model), "initialize_from.model", self.model, "name a model to start from")
+        if self.step is not None:
+            require(self.step >= 0, "initialize_from.step", self.step, "steps count from 0")
+        require(
+            re.fullmatch(r"checkpoint|zero|rebuild:[1-9]\d*", self.optimizer_state) is not None,
+            "initialize_from.optimizer_state",
+            self.optimizer_state,
+            "choose checkpoint, zero, or rebuild:K with K batches, as in rebuild:60",
+        )
+
+    @property
+    def rebuilt_from(self) -> int | None:
+        """K of `rebuild:K`, else None."""
+        kind, _, batches = self.optimizer_state.partition(":")
+        return int(batches) if kind == "rebuild" else None
+
+
+@dataclass(frozen=True)
 class RunConfig(Section, where=""):
-    """A training run. `model` may be left out where only the data is looked at."""
+    """A training run. `model` may be left out where only the data is looked at.
+
+    recipe: whose values `from_dict` and `load` give to the keys that are left out; those of
+        `pythia_v1` are the defaults, and what each size was trained with. Made in Python, a config
+        has what it is given.
+    """
 
     name: str = "run"
+    recipe: Recipe = "pythia_v1"
     model: ModelConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: str | None = None
-    initialize_from: None = None
+    initialize_from: InitializeConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -357,6 +362,19 @@ class RunConfig(Section, where=""):
                 self.data.sequence_length,
                 f"the model has {self.model.max_position_embeddings} positions",
             )
+        begin = self.begins_at
+        require(
+            begin <= self.training.steps,
+            "initialize_from.step",
+            begin,
+            f"training ends at step {self.training.steps} (training.steps)",
+        )
+
+    @property
+    def begins_at(self) -> int:
+        """The first checkpoint: 0, or where `initialize_from` says."""
+        source = self.initialize_from
+        return 0 if source is None or source.step is None else source.step
 
     @property
     def runtime(self) -> Runtime:
@@ -366,18 +384,23 @@ class RunConfig(Section, where=""):
 
     @property
     def checkpoint_steps(self) -> tuple[int, ...]:
-        """Steps whose checkpoints stay: `extra_steps`, multiples of `every`, and the last."""
+        """Steps whose checkpoints stay: `extra_steps`, multiples of `every`, and the last.
+
+        Of a run that starts from weights, also its first; there are none before that.
+        """
         steps, checkpoint = self.training.steps, self.checkpoint
         scheduled = {*checkpoint.extra_steps, *range(checkpoint.every, steps, checkpoint.every)}
-        return tuple(sorted(step for step in {*scheduled, steps} if step <= steps))
+        ends = {steps} if self.initialize_from is None else {self.begins_at, steps}
+        return tuple(sorted(s for s in scheduled | ends if self.begins_at <= s <= steps))
 
 
 def from_dict(mapping: Mapping[str, Any]) -> RunConfig:
-    """A `RunConfig` from nested plain values. `model.size` stands for the fields of that size.
+    """A `RunConfig` from nested plain values. `model.size` stands for the fields of that size, and
+    `recipe` for what the other keys do not say.
 
     Raises `ConfigError` for unknown keys, wrong types and impossible values.
     """
-    return build(RunConfig, mapping, "")
+    return build(RunConfig, fill_in(mapping) if isinstance(mapping, Mapping) else mapping, "")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class ModelConfig(Section, where="model"):
 
     `initializer` alone does not change the function: it is the distribution that training
     starts from (`small_wang` for 14m to 2.8b, `normal_scaled` for 6.9b and 12b).
+    `rotary_precision` is that of the rotary angles, cosines and sines: GPT-NeoX v1.0 trained with
+    half-precision ones, Hugging Face serves float32.
     `intermediate_size` of -1 stands for 4 x `hidden_size`.
     """
 
@@ -47,6 +49,7 @@ class ModelConfig(Section, where="model"):
     max_position_embeddings: int = 2048
     rotary_pct: float = 0.25
     rotary_emb_base: float = 10000.0
+    rotary_precision: Literal["float32", "float16", "bfloat16"] = "float32"
     layer_norm_eps: float = 1e-5
     hidden_act: str = "gelu_pytorch_tanh"
     use_parallel_residual: bool = True
@@ -81,6 +84,12 @@ class ModelConfig(Section, where="model"):
             "model.rotary_emb_base",
             self.rotary_emb_base,
             "it must be > 0",
+        )
+        require(
+            self.rotary_precision != "float16" or self.max_position_embeddings <= 65505,
+            "model.rotary_precision",
+            self.rotary_precision,
+            f"float16 counts to 65504, and there are {self.max_position_embeddings} positions",
         )
         require(
             self.layer_norm_eps > 0, "model.layer_norm_eps", self.layer_norm_eps, "it must be > 0"
@@ -139,7 +148,7 @@ class Runtime(Section, where="runtime"):
     """How a model is computed; none of it changes the function, only its rounding, speed, memory.
 
     dtype: of the computation; None takes that of the parameters. LayerNorm statistics, softmax,
-        rotary angles and the loss are at least float32 whatever it says.
+        the rotation and the loss are at least float32 whatever it says.
     attention: `splash` is a kernel for TPUs, `cudnn` one for GPUs, both for first derivatives
         only; `xla` works in blocks of queries and never holds all scores, `einsum` holds them,
         and both run and differentiate anywhere. `auto` takes the first of them that can run.

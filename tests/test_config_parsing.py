@@ -67,7 +67,7 @@ def test_unknown_key_is_an_error_that_names_the_nearest(mapping, key, nearest):
         ("optimizer.betas", 0.9, "a list"),
         ("optimizer.betas", [0.9], "2 items"),
         ("optimizer.betas", [0.9, "x"], "a number"),
-        ("optimizer.schedule", "cosine", "neox_v1"),
+        ("optimizer.schedule", "linear", "neox_v1"),
         ("data.train", "one/path", "a list"),
         ("data.train", [3], "text"),
         ("data.train", {"a": 1}, "a list"),

@@ -21,7 +21,7 @@ FLOORS = (
     {"model", "data"},
     {"sharding"},
     {"configs"},
-    {"model_config"},
+    {"model_config", "recipe"},
     {"chips", "config_parsing", "files", "suite"},
 )
 FLOOR_OF = {room: i for i, floor in enumerate(FLOORS) for room in floor}
@@ -128,7 +128,9 @@ def test_rooms_import_downwards_only(path):
 
 
 @pytest.mark.parametrize(
-    "path", files_of("data", "configs", "config_parsing", "files", "suite"), ids=module_name
+    "path",
+    files_of("data", "configs", "recipe", "config_parsing", "files", "suite"),
+    ids=module_name,
 )
 def test_data_and_configs_import_neither_jax_nor_grain(path):
     heavy = {"jax", "jaxlib", "grain", "flax", "optax", "orbax", "jaxtyping", "chex"}

@@ -67,6 +67,12 @@ class Parameter:
         """GPT-NeoX decays all but norms and biases (model/utils.py); embeddings are decayed."""
         return self.init in ("input", "output")
 
+    @property
+    def summed(self) -> bool:
+        """Whether every model-parallel rank of GPT-NeoX adds a copy of its own: biases of layers
+        cut along their input, whose sum is the bias (gpt-neox#962)."""
+        return self.path in ("layers/attention/dense/bias", "layers/mlp/dense_4h_to_h/bias")
+
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         return tuple(_WIDTH[axis](config) for axis in self.axes)
 

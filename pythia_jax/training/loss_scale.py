@@ -26,11 +26,12 @@ class LossScale:
     last_overflow: Int[Array, ""]
 
 
-def initial() -> LossScale:
+def initial(step: int | Int[Array, ""] = 0) -> LossScale:
+    """The scale of a run that begins at `step`; it grows as many steps from there as from 0."""
     return LossScale(
         scale=jnp.asarray(START, jnp.float32),
         hysteresis=jnp.asarray(HYSTERESIS, jnp.int32),
-        last_overflow=jnp.asarray(-1, jnp.int32),
+        last_overflow=jnp.asarray(step - 1, jnp.int32),
     )
 
 

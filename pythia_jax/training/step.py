@@ -17,7 +17,7 @@ from pythia_jax.model.loss import loss
 from pythia_jax.model.parameters import Parameter, Params, init_parameters, map_parameters
 from pythia_jax.training import loss_scale
 from pythia_jax.training.loss_scale import LossScale
-from pythia_jax.training.optimizer import optimizer
+from pythia_jax.training.optimizer import optimizer, restarted
 
 
 @struct.dataclass
@@ -99,14 +99,16 @@ def train_step(
     """
     scale = state.loss_scale
     factor = None if scale is None else scale.scale
+    state = state.replace(opt_state=restarted(config.optimizer, state.opt_state, state.step))  # type: ignore
     value, gradients = loss_and_gradients(state.params, tokens, weights, factor, config=config)
     finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradients))
     fatal = ~finite
     if scale is not None:
         fatal = loss_scale.exhausted(scale, ~finite)
-        scale = loss_scale.after(scale, ~finite, state.step)
-        # By the scale after the step, as upstream: where it doubles, the gradient counts half.
-        gradients = loss_scale.unscaled(gradients, scale.scale)
+        before, scale = scale, loss_scale.after(scale, ~finite, state.step)
+        # Upstream takes the scale after the step: where it doubles, the gradient counts half.
+        divisor = scale if config.training.doubled_scale_quirk else before
+        gradients = loss_scale.unscaled(gradients, divisor.scale)
     halted = state.halted | (fatal if config.training.on_nonfinite == "stop" else False)
     metrics = {
         "loss": value,

@@ -16,6 +16,7 @@ from pythia_jax.training.optimizer import (
     clip_by_global_norm,
     learning_rate,
     optimizer,
+    restarted,
     scale_by_adam,
 )
 
@@ -59,8 +60,52 @@ def test_all_rates_of_a_run_sum_to_the_published_figure_and_rest_on_the_floor() 
     assert (rates[115_139:] == 1e-4).all() and rates[115_138] > 1e-4
 
 
-def test_it_is_not_the_schedule_of_later_gpt_neox() -> None:
-    assert abs(float(learning_rate(OptimizerConfig(), STEPS)(50_000)) - 0.0007629620) > 1e-5
+# The same by the formula that GPT-NeoX has had since August 2023.
+LATER = {50_000: 0.0007629620, 71_500: 0.0005571397, 100_000: 0.0002897885, 115_138: 0.0001833076}
+
+
+def test_later_cosine_has_the_rates_of_later_gpt_neox() -> None:
+    schedule = learning_rate(OptimizerConfig(schedule="cosine"), STEPS)
+    for update, rate in LATER.items():
+        assert float(schedule(update)) == pytest.approx(rate, rel=1e-6)
+        assert abs(PUBLISHED.get(update, 0) - rate) > 1e-5, "both schedules have it"
+    for update in (0, 1, 1000, 1430):
+        assert float(schedule(update)) == PUBLISHED[update]
+    rates = schedule(np.arange(STEPS))
+    assert (np.diff(rates[1430:]) < 0).all() and 1e-4 < rates[-1] < 1.000001e-4
+
+
+def test_both_schedules_rest_after_the_steps_that_they_are_laid_out_over() -> None:
+    """As in the 4-million-token runs of v0: 71,500 steps, a schedule over 71,250."""
+    config = OptimizerConfig(decay_steps=71_250)
+    rates = learning_rate(config, 71_500)(np.arange(71_500))
+    whole = learning_rate(OptimizerConfig(), 71_250)(np.arange(71_250))
+    np.testing.assert_array_equal(rates[:71_250], whole)
+    assert (rates[71_250:] == 1e-4).all()
+    assert rates.argmax() == 713 and rates[712] == pytest.approx(1e-3 * 712 / 712.5, rel=1e-12)
+    later = learning_rate(OptimizerConfig(schedule="cosine", decay_steps=71_250), 71_500)
+    np.testing.assert_allclose(later(np.arange(71_250, 71_500)), 1e-4, rtol=1e-12)
+
+
+def test_without_a_floor_neox_v1_ends_a_little_above_0() -> None:
+    """6.9b and 12b of v0: clamped 1430 steps before the end, at 9.9e-4 of the peak."""
+    config = OptimizerConfig(peak_learning_rate=1.2e-4, min_learning_rate=0.0)
+    rates = learning_rate(config, STEPS)(np.arange(STEPS))
+    tail = 1.2e-4 * (1 + math.cos(0.98 * math.pi)) / 2
+    assert tail / 1.2e-4 == pytest.approx(9.87e-4, rel=1e-3)
+    np.testing.assert_allclose(rates[STEPS - 1430 :], tail, rtol=1e-9)
+    assert rates[STEPS - 1431] > tail * (1 + 1e-9)
+
+
+def test_warmup_may_begin_with_the_second_rate() -> None:
+    config = OptimizerConfig(warmup_from_zero=False)
+    rates = learning_rate(config, STEPS)(np.arange(STEPS))
+    assert rates[0] == rates[1] == PUBLISHED[1]
+    np.testing.assert_array_equal(
+        rates[1:], learning_rate(OptimizerConfig(), STEPS)(np.arange(1, STEPS))
+    )
+    # A warm-up shorter than one update: the first has the peak, and no more.
+    assert float(learning_rate(config, 20)(0)) == 1e-3
 
 
 def test_every_update_uses_the_float64_schedule_rounded_once() -> None:
@@ -142,6 +187,29 @@ def test_eps_is_added_to_the_root(eps: float) -> None:
     # The first real update is corrected as the second.
     m, v = 0.1 * g / (1 - 0.9**2), 0.05 * g * g / (1 - 0.95**2)
     np.testing.assert_allclose(updates["a"], m / (np.sqrt(v) + eps), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("ahead", "factor"), [(True, 1.64), (False, 2.24)])
+def test_an_update_after_a_restart_is_too_long(ahead: bool, factor: float) -> None:
+    """Grown moments of a steady gradient, corrected as if they were new."""
+    config = OptimizerConfig(bias_correction_ahead=ahead, restarts=(200, 300))
+    adam = scale_by_adam(config)
+    gradient = {"a": jnp.full(3, 0.5)}
+    state = adam.init(gradient)
+    sizes = []
+    for step in range(301):
+        _, state = restarted(config, (None, state), jnp.int32(step))
+        updates, state = adam.update(gradient, state)
+        sizes.append(float(np.asarray(updates["a"])[0]))  # type: ignore
+    np.testing.assert_allclose(sizes[150:200], 1.0, atol=1e-3)
+    assert sizes[200] == pytest.approx(factor, abs=5e-3)
+    assert sizes[300] == pytest.approx(sizes[200], rel=1e-4)
+    assert sizes[200] > sizes[201] > sizes[205] > 1 and sizes[299] == pytest.approx(1, abs=1e-2)
+
+
+def test_without_restarts_the_state_is_not_touched() -> None:
+    state = (None, scale_by_adam(OptimizerConfig()).init({"a": jnp.zeros(1)}))
+    assert restarted(OptimizerConfig(), state, jnp.int32(1)) is state
 
 
 def test_the_first_update_changes_nothing() -> None:
