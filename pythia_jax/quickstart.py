@@ -98,7 +98,7 @@ def quickstart(
     say("2/6  training a tokenizer and writing tokens")
     config = _config(out)
     assert config.model is not None
-    tokenizer = _train_tokenizer(texts, config.model.vocab_size)
+    tokenizer = train_tokenizer(texts, config.model.vocab_size)
     tokenizer.save(str(out / "data" / "tokenizer.json"))
     held_out = set(range(0, len(texts), HELD_OUT_EVERY))
     for split, chosen in (
@@ -181,8 +181,7 @@ def _read(text: Sequence[Path]) -> list[str]:
     if text:
         documents = list(read_texts(text))
     else:
-        library = Path(sysconfig.get_paths()["stdlib"])
-        documents = list(_standard_library(library))
+        documents = list(standard_library())
     if len(documents) < 2 * HELD_OUT_EVERY:
         # A few long documents are cut into pieces, so that some can be held out.
         joined = "\n".join(documents)
@@ -198,7 +197,9 @@ def _read(text: Sequence[Path]) -> list[str]:
     return [d for d, a, b in zip(documents, chosen, chosen[1:], strict=False) if b > a]
 
 
-def _standard_library(folder: Path) -> Iterator[str]:
+def standard_library() -> Iterator[str]:
+    """The sources of Python's own library, its tests left out, by name."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(folder.rglob("*.py")):
         skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
         if skipped.isdisjoint(path.relative_to(folder).parts):
@@ -207,7 +208,7 @@ def _standard_library(folder: Path) -> Iterator[str]:
                 yield text
 
 
-def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE with Pythia's two special tokens in their places."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

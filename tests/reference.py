@@ -14,9 +14,16 @@ import torch
 from torch.nn import functional
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from pythia_jax.bridge import hf_config, hf_out
+from pythia_jax.bridge import hf_config
 from pythia_jax.configs import ModelConfig
-from pythia_jax.model.parameters import TABLE, Parameter, Params, standard_deviations, tree
+from pythia_jax.model.parameters import (
+    TABLE,
+    Parameter,
+    Params,
+    items,
+    standard_deviations,
+    tree,
+)
 
 torch.set_num_threads(1)
 
@@ -59,7 +66,11 @@ def hf_model(
     fields["attn_implementation"] = attention
     model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**fields))
     model = model.to(dtype)
-    state = {name: torch.tensor(np.asarray(value)) for name, value in hf_out.tensors(params)}
+    state = {}
+    for parameter, array in items(params):
+        layers = np.asarray(array) if parameter.stacked else [np.asarray(array)]
+        for name, value in zip(parameter.hf_names(config), layers, strict=True):
+            state[name] = torch.tensor(value.T if parameter.transposed else value)
     state["lm_head.weight"] = state.pop("embed_out.weight")
     missing, surplus = model.load_state_dict(state, strict=False)
     assert not missing and not surplus, (missing, surplus)

@@ -170,6 +170,31 @@ def test_the_loading_benchmark_prints_ours_beside_torch_and_raw_copies():
     assert "times as many rows as torch's best (aim: 5)" in printed
 
 
+def test_the_moments_benchmark_prints_rebuilt_ones_beside_zero():
+    small = ["--step", "4", "--after", "2", "--steps", "8", "--windows", "2", "--width", "32"]
+    printed = script_output("rebuilt_moments.py", *small, "--characters", "300000")
+    rows = dict(re.findall(r"^\| ([^|]+) \| (.*) \|$", printed, re.MULTILINE))
+    assert {"zero", "rebuild:2", "sums of 2 as they are"} < set(rows)
+    zero, rebuilt, sums = (rows[n].split(" | ") for n in rows if n not in ("moments", "---"))
+    assert zero[:6] == ["-"] * 6 and float(zero[6]) > 0
+    # A factor changes no cosine. Of 4 batches the true sums are the larger.
+    assert rebuilt[:4] == sums[:4] and float(sums[5]) < float(rebuilt[5])
+
+
+def test_the_convert_benchmark_prints_ours_beside_orbax_and_transformers(tmp_path):
+    out = tmp_path / "results.json"
+    printed = script_output("convert.py", "--size", "14m", "--folder", tmp_path, "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 4
+    for name, row in rows.items():
+        assert f"| {name} |" in printed
+        assert row["s"] > 0 and row["peak bytes"] > 100e6
+    orbax = rows["Orbax save, arrays in memory"]
+    for row in rows.values():
+        assert row["speed"] == pytest.approx(orbax["s"] / row["s"])
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"], "weights were left"
+
+
 @pytest.mark.slow
 def test_the_order_of_a_tenth_of_the_pile_costs_at_most_twice_its_shuffles():
     printed = script_output("data_order.py")

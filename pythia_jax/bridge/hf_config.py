@@ -1,10 +1,11 @@
 """`config.json` and the tokenizer's files, in and out."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pythia_jax.bridge.model import Model
+from pythia_jax.bridge.model import tokenizer_of
 from pythia_jax.configs import ConfigError, ModelConfig
 from pythia_jax.data.tokenize import EOD_TOKEN
 
@@ -80,35 +81,48 @@ def read_config(folder: Path) -> ModelConfig:
 def config_json(config: ModelConfig, dtype: str, eod: int) -> dict[str, Any]:
     """`config.json` with both the old and the new names of the rotary and dtype fields."""
     return {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
+        **published_json(config, dtype, eod),
         "hidden_act": config.hidden_act,
-        "layer_norm_eps": config.layer_norm_eps,
-        "rotary_pct": config.rotary_pct,
         "rotary_emb_base": config.rotary_emb_base,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": config.rotary_emb_base,
             "partial_rotary_factor": config.rotary_pct,
         },
-        "use_parallel_residual": config.use_parallel_residual,
         "attention_bias": True,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "classifier_dropout": 0.1,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": False,
-        "use_cache": True,
+        "dtype": dtype,
+    }
+
+
+def published_json(config: ModelConfig, dtype: str, eod: int) -> dict[str, Any]:
+    """`config.json` with the keys that it has in Pythia's repositories on the hub.
+
+    There hidden_act is "gelu", the exact GELU, which is not what the models were trained with.
+    """
+    base = config.rotary_emb_base
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
         "bos_token_id": eod,
         "eos_token_id": eod,
+        "hidden_act": "gelu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": config.intermediate_size,
+        "layer_norm_eps": config.layer_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "model_type": "gpt_neox",
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "rotary_emb_base": int(base) if base == int(base) else base,
+        "rotary_pct": config.rotary_pct,
+        "tie_word_embeddings": False,
         "torch_dtype": dtype,
-        "dtype": dtype,
+        "use_cache": True,
+        "use_parallel_residual": config.use_parallel_residual,
+        "vocab_size": config.vocab_size,
     }
 
 
@@ -117,25 +131,24 @@ def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
-def tokenizer_files(model: Model) -> dict[str, bytes]:
+def tokenizer_files(came_with: Mapping[str, bytes], config: ModelConfig) -> dict[str, bytes]:
     """The tokenizer's files: those it came with, the rest as the hub has them for Pythia."""
-    files = dict(model.tokenizer_files)
-    if "tokenizer.json" not in files:
-        return files
-    if model.tokenizer is None or model.tokenizer.token_to_id(EOD_TOKEN) is None:
+    files = dict(came_with)
+    tokenizer = tokenizer_of(files)
+    if tokenizer is None or tokenizer.token_to_id(EOD_TOKEN) is None:
         return files
     special = {"bos_token": EOD_TOKEN, "eos_token": EOD_TOKEN, "unk_token": EOD_TOKEN}
-    if model.tokenizer.token_to_id("<|padding|>") is None:
+    if tokenizer.token_to_id("<|padding|>") is None:
         # transformers would add its default, <|padding|>, with an id that the model does not have.
         special["pad_token"] = EOD_TOKEN
-    config = {
+    settings = {
         "add_prefix_space": False,
         **special,
         "tokenizer_class": "GPTNeoXTokenizer",
-        "model_max_length": model.config.max_position_embeddings,
+        "model_max_length": config.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
     }
-    files.setdefault("tokenizer_config.json", json_bytes(config))
+    files.setdefault("tokenizer_config.json", json_bytes(settings))
     files.setdefault("special_tokens_map.json", json_bytes(special))
     return files
 

@@ -1,179 +1,195 @@
-"""Hugging Face folders out: safetensors, config, generation config, tokenizer.
+"""Hugging Face folders out: safetensors, config, generation config, tokenizer, model card.
 
-Tensor names, orientation and layer numbering come from the table of parameters. Writing goes one
-shard at a time, so beside the model there is one shard (`SHARD_BYTES`, unless told otherwise) and
-the tensor that did not fit into it.
+Tensor names, orientation and layer numbering come from the table of parameters. The weights are
+written as they are read, so what is in memory is one tensor, however large the shards are.
 """
 
-import glob
 import json
-import os
+import logging
 import re
-import shutil
-from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 
+from pythia_jax.bridge import angles, card, safetensors_out
 from pythia_jax.bridge.hf_config import (
     TOKENIZER_FILES,
     config_json,
-    is_hf_folder,
     json_bytes,
+    published_json,
     tokenizer_files,
 )
-from pythia_jax.bridge.model import Model, dtype_name
-from pythia_jax.model.parameters import Parameter, Params
-from pythia_jax.model.parameters import items as parameter_items
+from pythia_jax.bridge.model import dtype_name, eod_of
+from pythia_jax.bridge.opened import Opened
+from pythia_jax.bridge.replacing import replacing
+from pythia_jax.bridge.safetensors_out import DTYPES, Tensor
+from pythia_jax.model.parameters import TABLE, Parameter
 
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+log = logging.getLogger(__name__)
+
 SHARD_BYTES = 5 * 10**9
 """A file of weights is no larger than this unless told otherwise; as transformers 4 cut them."""
 _WRITTEN = re.compile(
-    r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors"
+    r"README\.md|(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors"
     r"|model\.safetensors\.index\.json|" + "|".join(map(re.escape, TOKENIZER_FILES))
 )
 """Names of the files that an export writes, and so the only ones that it may delete."""
-
-
-def tensors(params: Params, dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor's Hugging Face name and value, in torch's orientation, one at a time."""
-    for parameter, array in parameter_items(params):
-        layers = array if parameter.stacked else [array]
-        for layer in range(len(layers)):
-            name = parameter.hf.format(layer=layer)
-            yield name, _to_torch(name, parameter, layers[layer], dtype)
-
-
-def _to_torch(name: str, parameter: Parameter, array: Any, dtype: np.dtype | None) -> np.ndarray:
-    value = np.asarray(array)
-    if dtype is not None and dtype != value.dtype:
-        with np.errstate(over="ignore"):
-            rounded = value.astype(dtype)
-        if dtype == np.float16 and (np.isinf(rounded) & np.isfinite(value)).any():
-            raise ValueError(
-                f"{name} holds {np.abs(value).max():.6g}, which float16 cannot; "
-                "export in bfloat16 or float32"
-            )
-        value = rounded
-    return np.ascontiguousarray(value.T if parameter.transposed else value)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 def save(
-    model: Model,
+    opened: Opened,
     folder: Path,
     *,
     dtype: DTypeLike | None = None,
-    max_shard_size: int | None = None,
+    max_shard_size: int | str | None = None,
+    as_pythia: bool = False,
 ) -> None:
-    """Write a folder that `transformers` loads: weights, config, generation config, tokenizer.
+    """Write a folder that `transformers` loads: weights, config, tokenizer, model card.
 
     dtype: float32, float16 or bfloat16, by name or as a dtype; None keeps the one the weights
         were stored in.
-    max_shard_size: bytes; more weights than that are cut into shards with an index. None is
-        `SHARD_BYTES`.
+    max_shard_size: bytes, or text such as "5GB"; more weights than that are cut into shards with
+        an index, as transformers cuts them. None is `SHARD_BYTES`.
+    as_pythia: the form in which EleutherAI published the suite: `config.json` with its keys and
+        its exact GELU, weights in float16 unless `dtype` says otherwise. For a model trained with
+        tanh GELU that is not the function that was trained, and a warning says so.
 
     Written beside the target first and moved there whole; an export that was killed while it
     moved is put right by the next one. Raises ValueError for an unknown dtype, for values that
-    float16 cannot hold and for the current folder, and FileExistsError if anything but a GPT-NeoX
-    model, as this function writes them, lies at `folder`.
+    the dtype cannot hold and for the current folder, and FileExistsError if anything but a
+    GPT-NeoX model, as this function writes them, lies at `folder`.
     """
-    stored_as = model.stored_dtype if dtype is None else _export_dtype(dtype)
-    limit = SHARD_BYTES if max_shard_size is None else max_shard_size
-    if limit < 1:
-        raise ValueError(f"max_shard_size {limit} is not a number of bytes above 0")
-    folder = folder.resolve()
-    if folder == Path.cwd():
-        raise ValueError(f"{folder} is the current folder, which cannot be replaced; name another")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    whole = interrupted(folder)
-    if whole is not None:
-        whole.rename(folder)
-    _refuse_what_is_not_ours(folder)
-    _remove_stale(folder)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    _discard(_replaced(folder), partial)
-    partial.mkdir()
-    try:
-        _write_weights(model, partial, stored_as, limit)
-        _write_json(partial / "config.json", config_json(model.config, stored_as, model.eod))
-        generation = {"bos_token_id": model.eod, "eos_token_id": model.eod, "use_cache": True}
+    stored_as = _stored_as(opened, dtype, as_pythia)
+    limit = shard_bytes(SHARD_BYTES if max_shard_size is None else max_shard_size)
+    config, eod = opened.config, eod_of(opened.tokenizer_files)
+    if as_pythia and config.tanh_gelu:
+        log.warning(
+            "%s: exported in the published form, which says exact GELU; the model was trained with "
+            "tanh GELU, so what is exported is not quite the function that was trained",
+            opened.source or folder,
+        )
+    written_config = (published_json if as_pythia else config_json)(config, stored_as, eod)
+    generation = {"bos_token_id": eod, "eos_token_id": eod, "use_cache": True}
+    tokenizer = tokenizer_files(opened.tokenizer_files, config)
+    with replacing(folder, _is_our_export) as partial:
+        _write_weights(opened, partial, stored_as, limit)
+        _write_json(partial / "config.json", written_config)
         _write_json(partial / "generation_config.json", generation)
-        for name, content in tokenizer_files(model).items():
+        for name, content in tokenizer.items():
             (partial / name).write_bytes(content)
-        _swap(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        difference = angles.measure(opened)
+        if difference is not None:
+            log.warning("%s: %s", opened.source or folder, difference.in_words())
+        text = card.text(opened, written_config, difference)
+        (partial / "README.md").write_text(text, encoding="utf-8")
 
 
-def _export_dtype(dtype: DTypeLike) -> str:
+def _stored_as(opened: Opened, dtype: DTypeLike | None, as_pythia: bool) -> str:
+    if dtype is None:
+        return "float16" if as_pythia else opened.stored_dtype
     name = dtype_name(dtype)
     if name not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     return name
 
 
-def interrupted(folder: Path) -> Path | None:
-    """Where the model of `folder` lies, if an export was killed between moving it and its own."""
-    replaced = _replaced(folder.resolve())
-    return replaced if not folder.exists() and is_hf_folder(replaced) else None
+def shard_bytes(size: int | str) -> int:
+    """Bytes of a size such as 5000000000, "5GB" or "500 MiB". Raises ValueError for others."""
+    # A number alone is bytes; a fraction wants a unit.
+    form = r"\s*(\d+|\d+\.\d+(?=\s*[KMGT]))\s*([KMGT]i?)?B?\s*"
+    found = re.fullmatch(form, str(size), re.IGNORECASE)
+    unit = (found[2] or "").capitalize() if found else ""
+    count = int(float(found[1]) * _UNITS[unit]) if found else 0
+    if count < 1:
+        raise ValueError(
+            f"max_shard_size {size!r} is not a size above 0: give bytes, or text such as 5GB"
+        )
+    return count
 
 
-def _replaced(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.replaced")
+def _tensor(opened: Opened, parameter: Parameter, layer: int) -> Tensor:
+    """A layer of a parameter as torch holds it."""
+    shape = parameter.shape(opened.config)[int(parameter.stacked) :]
+
+    def read() -> np.ndarray:
+        value = opened.read(parameter, layer)
+        return value.T if parameter.transposed else value
+
+    return Tensor(
+        parameter.hf.format(layer=layer), shape[::-1] if parameter.transposed else shape, read
+    )
 
 
-def _swap(partial: Path, folder: Path) -> None:
-    """Put `partial` in the place of `folder`."""
-    if not folder.exists():
-        partial.rename(folder)
+def _write_weights(opened: Opened, folder: Path, dtype: str, limit: int) -> None:
+    width = DTYPES[dtype].itemsize
+    tensors = [_tensor(opened, p, layer) for p in TABLE for layer in opened.layers(p)]
+    shards = _shards(tensors, width, limit)
+    if len(shards) == 1:
+        safetensors_out.write(folder / "model.safetensors", shards[0], dtype)
         return
-    replaced = _replaced(folder)
-    folder.rename(replaced)
-    try:
-        partial.rename(folder)
-    except BaseException:
-        replaced.rename(folder)
-        raise
-    _discard(replaced, partial)
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        safetensors_out.write(folder / file, shard, dtype)
+        weight_map.update((tensor.name, file) for tensor in shard)
+    count = sum(prod(tensor.shape) for tensor in tensors)
+    index = {
+        "metadata": {"total_parameters": count, "total_size": count * width},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _discard(replaced: Path, free: Path) -> None:
-    """Delete an older model, under the name `free`: what is called `replaced` is always whole."""
-    if replaced.exists():
-        _refuse_what_is_not_ours(replaced)
-        replaced.rename(free)
-        shutil.rmtree(free, ignore_errors=True)
+def _shards(tensors: list[Tensor], width: int, limit: int) -> list[list[Tensor]]:
+    """Greedy shards of up to `limit` bytes; a tensor larger than that is one by itself.
+
+    Cut as transformers 5 cuts them (huggingface_hub's serialization/_base.py), in its order.
+    """
+    shards, current, held = [], [], 0
+    for tensor in sorted(tensors, key=_place):
+        size = prod(tensor.shape) * width
+        if size > limit:
+            shards.append([tensor])
+            continue
+        if held + size > limit:
+            shards.append(current)
+            current, held = [], 0
+        current.append(tensor)
+        held += size
+    return [*shards, current] if current else shards
 
 
-def _refuse_what_is_not_ours(folder: Path) -> None:
-    """Raise FileExistsError unless `folder` is free, empty, or a model as we write them."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; choose another place")
-    inside = sorted(folder.iterdir())
-    others = [p.name for p in inside if not (_WRITTEN.fullmatch(p.name) and p.is_file())]
+def _place(tensor: Tensor) -> tuple:
+    """Sorts by name, numbers as numbers, the unembedding last: in memory it is called lm_head."""
+    parts = [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in tensor.name.split(".")]
+    return tensor.name.startswith("embed_out"), parts
+
+
+def _is_our_export(folder: Path) -> bool:
+    """Whether a folder holds a model as we write them; FileExistsError tells what else it has."""
+    others = [p.name for p in sorted(folder.iterdir()) if not _is_ours(p)]
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise FileExistsError(
             f"{folder} holds what is no part of an exported model and would be lost: "
             f"{', '.join(others[:3])}{more}; move it away or choose another place"
         )
-    if inside and _model_type(folder) != "gpt_neox":
+    if _model_type(folder) != "gpt_neox":
         raise FileExistsError(
             f"{folder} holds something that is not a GPT-NeoX model; choose another place"
         )
+    return True
+
+
+def _is_ours(path: Path) -> bool:
+    if not (_WRITTEN.fullmatch(path.name) and path.is_file()):
+        return False
+    return path.name != "README.md" or card.is_ours(path.read_bytes())
 
 
 def _model_type(folder: Path) -> object:
@@ -181,59 +197,6 @@ def _model_type(folder: Path) -> object:
         return json.loads((folder / "config.json").read_bytes())["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def _remove_stale(folder: Path) -> None:
-    """Delete what exports to `folder` whose process is gone have left half-written."""
-    for path in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdecimal() and not _is_running(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    if os.name != "posix":
-        return True  # elsewhere, signal 0 is not a question
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass  # somebody else's, and alive
-    return True
-
-
-def _write_weights(model: Model, folder: Path, dtype: str, limit: int) -> None:
-    """Greedy shards of up to `limit` bytes in the table's order, each written once it is full."""
-    width = DTYPES[dtype].itemsize
-    total = sum(array.size for _, array in parameter_items(model.params)) * width
-    shards: list[list[str]] = []
-    pending: dict[str, np.ndarray] = {}
-    size = 0
-
-    def flush() -> None:
-        nonlocal pending, size
-        metadata = {"format": "pt"}
-        save_file(pending, folder / f"shard-{len(shards)}.safetensors", metadata=metadata)
-        shards.append(list(pending))
-        pending, size = {}, 0
-
-    for name, value in tensors(model.params, DTYPES[dtype]):
-        if pending and size + value.nbytes > limit:
-            flush()
-        pending[name] = value
-        size += value.nbytes
-    flush()
-    if len(shards) == 1:
-        (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{i}.safetensors").rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,7 +1,9 @@
 """`Model`: parameters, the function they belong to, and a tokenizer, from whatever they came."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -18,6 +20,8 @@ class Model:
 
     stored_dtype: what the weights were stored in; exports keep it unless told otherwise.
     tokenizer_files: the tokenizer's files by name, byte for byte. source: where it came from.
+    step: the training step that it is the checkpoint of, where that is known. facts: what is known
+    of the training, for a model card.
     """
 
     params: Params
@@ -25,18 +29,31 @@ class Model:
     tokenizer_files: dict[str, bytes] = field(default_factory=dict, repr=False)
     stored_dtype: str = "float32"
     source: str = ""
+    step: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, or None if it came without. Raises ValueError if it cannot be read."""
-        content = self.tokenizer_files.get("tokenizer.json")
-        return None if content is None else _parse_tokenizer(content)
+        return tokenizer_of(self.tokenizer_files)
 
     @property
     def eod(self) -> int:
         """Id of the end of a document: `<|endoftext|>`, 0 in every Pythia."""
-        known = None if self.tokenizer is None else self.tokenizer.token_to_id(EOD_TOKEN)
-        return 0 if known is None else known
+        return eod_of(self.tokenizer_files)
+
+
+def tokenizer_of(files: Mapping[str, bytes]) -> Tokenizer | None:
+    """The tokenizer in `tokenizer_files`, or None. Raises ValueError if it cannot be read."""
+    content = files.get("tokenizer.json")
+    return None if content is None else _parse_tokenizer(content)
+
+
+def eod_of(files: Mapping[str, bytes]) -> int:
+    """Id of `<|endoftext|>` in `tokenizer_files`; 0, as in every Pythia, where it is not known."""
+    tokenizer = tokenizer_of(files)
+    known = None if tokenizer is None else tokenizer.token_to_id(EOD_TOKEN)
+    return 0 if known is None else known
 
 
 def dtype_name(dtype: DTypeLike) -> str:

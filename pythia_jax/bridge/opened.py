@@ -59,6 +59,8 @@ class Opened:
             tokenizer_files=self.tokenizer_files,
             stored_dtype=self.stored_dtype,
             source=self.source,
+            step=self.step,
+            facts=self.facts,
         )
 
     def params(self, dtype: DTypeLike = jnp.float32) -> Params:
@@ -96,4 +98,6 @@ def from_model(model: Model) -> Opened:
         stored_dtype=model.stored_dtype,
         source=model.source,
         tokenizer_files=model.tokenizer_files,
+        step=model.step,
+        facts=model.facts,
     )

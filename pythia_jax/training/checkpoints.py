@@ -33,6 +33,7 @@ from pythia_jax.training.bucket import AnyPath, path_of
 from pythia_jax.training.digests import Digests, digests, name_of
 from pythia_jax.training.step import TrainState
 from pythia_jax.training.stored import DamagedError, read_about, read_state, sealed
+from pythia_jax.training.streamed import shard_axes
 
 log = logging.getLogger(__name__)
 
@@ -199,8 +200,9 @@ class Checkpoints:
             "whole": whole,
             "digests": {name: found[name] for name in names},
         }
+        by_layer = jax.tree.map(lambda x: ocp.SaveArgs(shard_axes=shard_axes(x.ndim)), tree)
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(tree),  # type: ignore[call-arg]
+            state=ocp.args.PyTreeSave(tree, save_args=by_layer),  # type: ignore[call-arg]
             surroundings=ocp.args.JsonSave(sealed(about)),  # type: ignore[call-arg]
         )
         try:
@@ -295,7 +297,7 @@ def load_params(
     """
     folder = _absolute(folder)
     places = {
-        int(path.name): path for kind in (RESUME, SCHEDULED) for path in _steps_in(folder / kind)
+        int(path.name): path for kind in (RESUME, SCHEDULED) for path in steps_in(folder / kind)
     }
     if not places:
         raise FileNotFoundError(f"{folder}: no checkpoint in it yet")
@@ -313,7 +315,14 @@ def load_params(
     raise DamagedError(f"{folder}: every checkpoint in it is damaged: {names}")
 
 
-def _steps_in(folder: AnyPath) -> list[AnyPath]:
+def step_folders(folder: AnyPath) -> dict[int, AnyPath]:
+    """The steps that a run folder holds, and the folder of each; of two, one that stays."""
+    folder = _absolute(folder)
+    kinds = (RESUME, SCHEDULED)
+    return {int(path.name): path for kind in kinds for path in steps_in(folder / kind)}
+
+
+def steps_in(folder: AnyPath) -> list[AnyPath]:
     """The folders of the steps that a folder of checkpoints holds."""
     if isinstance(folder, Path):
         return [path for path in folder.glob("*") if path.name.isdigit()]

@@ -12,8 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt32
 
+BLOCK = 2**19
+"""Elements that are digested at a time where an array comes in parts."""
 Digests = dict[str, str]
 """Name of a leaf (`params/embed_in/embedding`) → 16 hexadecimal digits."""
 
@@ -25,7 +28,31 @@ def digests(tree: Any) -> Digests:
     """
     named = {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
     sums = jax.device_get(_all_sums(named))
-    return {name: f"{int(high):08x}{int(low):08x}" for name, (high, low) in sums.items()}
+    return {name: written(pair) for name, pair in sums.items()}
+
+
+def written(pair: Any) -> str:
+    """The two sums as the digits of a digest."""
+    high, low = pair
+    return f"{int(high):08x}{int(low):08x}"
+
+
+def part_sums(part: np.ndarray, start: int) -> np.ndarray:
+    """The two sums of a part of an array, as uint32 `[2]`; added up over all parts, its digest's.
+
+    part: in one piece, in C order, of elements of at most 32 bits. start: how many elements of the
+    array lie before it.
+    """
+    flat = np.ascontiguousarray(part).reshape(-1)
+    total = np.zeros(2, np.uint32)
+    for first in range(0, flat.size, BLOCK):
+        block = flat[first : first + BLOCK]
+        count = block.size
+        if count < BLOCK:  # one program for all sizes
+            block = np.concatenate([block, np.zeros(BLOCK - count, block.dtype)])
+        place = np.uint32((start + first) % 2**32)
+        total += np.array(jax.device_get(_block_sums(block, place, np.int32(count))))
+    return total
 
 
 def name_of(path: Any) -> str:
@@ -53,12 +80,34 @@ def _sums_of_tree(tree: dict[str, jax.Array]) -> dict[str, UInt32[Array, "2"]]:
 def sums(x: jax.Array) -> UInt32[Array, "2"]:
     """The two sums that are an array's digest."""
     words = _words(x)
-    place = _mix(_place(words.shape) + jnp.uint32(0x9E3779B9))
-    mixed = (
+    mixed = _mixed(words, _place(words.shape))
+    return jnp.stack([jnp.sum(one, dtype=jnp.uint32) for one in mixed])
+
+
+@jax.jit
+def _block_sums(block: jax.Array, start: jax.Array, count: jax.Array) -> list[jax.Array]:
+    """The sums of the first `count` elements of a block that lies at `start`.
+
+    In one pass over both, which is four times as fast on a CPU, but which no mesh can cut.
+    """
+    index = jax.lax.iota(jnp.uint32, block.size)
+    mixed = _mixed(_words(block), start + index)
+    zero = jnp.uint32(0)
+    return jax.lax.reduce(
+        tuple(jnp.where(index < count.astype(jnp.uint32), one, zero) for one in mixed),
+        (zero, zero),
+        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        dimensions=(0,),
+    )
+
+
+def _mixed(words: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Words mixed with their places, twice."""
+    place = _mix(place + jnp.uint32(0x9E3779B9))
+    return (
         _mix(words ^ place),
         _mix((words ^ jnp.uint32(0x5BD1E995)) + place * jnp.uint32(0xCC9E2D51)),
     )
-    return jnp.stack([jnp.sum(one, dtype=jnp.uint32) for one in mixed])
 
 
 def _words(x: jax.Array) -> jax.Array:

@@ -131,6 +131,8 @@ def check_same_run(saved: RunConfig, wanted: RunConfig, name: str) -> None:
     Raises ConfigError that names each key that decides the run and differs.
     """
     differing = []
+    if saved.initialize_from != wanted.initialize_from:
+        differing.append(_begun(saved, wanted))
     for section in ("model", "data", "optimizer", "training", "evaluation"):
         before, after = getattr(saved, section), getattr(wanted, section)
         for key in (field.name for field in dataclasses.fields(after)):
@@ -144,6 +146,20 @@ def check_same_run(saved: RunConfig, wanted: RunConfig, name: str) -> None:
             f"{name} holds a run of another config: {'; '.join(differing)}. Set the old values "
             "to go on with it, or choose another checkpoint.directory"
         )
+
+
+def _begun(saved: RunConfig, wanted: RunConfig) -> str:
+    """How two runs differ in the weights that they begin with, in words."""
+    before, after = saved.initialize_from, wanted.initialize_from
+    if before is None or after is None:
+        was, now = (f"{x.model!r}" if x else "not set" for x in (before, after))
+        return f"initialize_from was {was}, is {now}"
+    keys = [f.name for f in dataclasses.fields(after)]
+    return "; ".join(
+        f"initialize_from.{key} was {getattr(before, key)!r}, is {getattr(after, key)!r}"
+        for key in keys
+        if getattr(before, key) != getattr(after, key)
+    )
 
 
 def check_same_data(

@@ -61,7 +61,7 @@ def read_about(path: AnyPath) -> dict[str, Any]:
         if not isinstance(about, dict):
             raise ValueError("no JSON object")
     except Exception as error:
-        raise _judged(error, f"{path}: what was saved beside the state cannot be read") from error
+        raise judged(error, f"{path}: what was saved beside the state cannot be read") from error
     seal = about.pop(SEAL, None)
     if seal != _hash(about):
         raise DamagedError(f"{path}: surroundings/metadata differs from what was saved")
@@ -110,7 +110,7 @@ def _read(path: AnyPath, like: Any) -> Any:
         return state
     except Exception as error:
         log.debug("%s", path, exc_info=True)
-        failure = _judged(error, f"{path}: cannot be read")
+        failure = judged(error, f"{path}: cannot be read")
     finally:
         handler.close()
     raise failure
@@ -140,7 +140,7 @@ def _hush_stragglers() -> None:
     warnings.filterwarnings("ignore", "coroutine '_read_array_index.*was never awaited")
 
 
-def _judged(error: Exception, what: str) -> DamagedError:
+def judged(error: Exception, what: str) -> DamagedError:
     """The error as damage, in words; raised as it is where it tells nothing of the checkpoint."""
     text, theirs = str(error), f"{type(error).__module__}.".startswith(NETWORK)
     machine = isinstance(error, OSError) and error.errno in MACHINE

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +18,8 @@ from pythia_jax.data.verify import check_ids
 from pythia_jax.model import attention
 from pythia_jax.model.loss import loss
 from pythia_jax.model.parameters import Params
-from pythia_jax.training.checkpoints import Checkpoints
+from pythia_jax.training.bucket import path_of
+from pythia_jax.training.checkpoints import Checkpoints, step_folders
 from pythia_jax.training.diagnosis import diagnosed
 from pythia_jax.training.feed import GlobalBatches, read_ahead
 from pythia_jax.training.optimizer import learning_rate
@@ -37,6 +39,9 @@ from pythia_jax.training.telemetry import Telemetry, plot_loss
 
 log = logging.getLogger(__name__)
 
+Initial = Callable[[RunConfig, Mesh], TrainState]
+"""The state that a run begins with, made on the mesh around us, where it is not a fresh one."""
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -55,14 +60,17 @@ class TrainResult:
 def train(
     config: RunConfig,
     *,
+    initial: Initial | None = None,
     stop_at: int | None = None,
     show_progress: bool = True,
     profile_steps: int = 0,
 ) -> TrainResult:
     """Train to `training.steps`, going on from the run folder's newest checkpoint if it has one.
 
-    stop_at: leave at this step, with everything saved to go on from it. profile_steps: so many
-    steps, after the first, are traced into `profile/` of the run folder.
+    initial: makes the state to begin with where `initialize_from` asks for one; it is not called
+    when there is a checkpoint to go on from. `bridge.start.prepare` makes it. stop_at: leave at
+    this step, with everything saved to go on from it. profile_steps: so many steps, after the
+    first, are traced into `profile/` of the run folder.
 
     Writes checkpoints, metrics.jsonl, TensorBoard events, config.yaml, data.json, tokenizer.json
     and loss.png into `checkpoint.directory`. Runs on all devices of all processes, as `mesh` says.
@@ -74,6 +82,7 @@ def train(
     """
     began = time.perf_counter()
     stop = last_step(config, stop_at)
+    check_initial(config, initial)
     mesh = sharding.make_mesh(config.mesh)
     asked, config = config, on_devices(config, mesh)
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
@@ -96,8 +105,11 @@ def train(
         run_folder(asked) as files,
         Checkpoints(config, like) as checkpoints,
     ):
-        resumed, state = checkpoints.restore_newest() or (None, fresh_state(config, mesh))
-        step = start = resumed or 0
+        found = checkpoints.restore_newest()
+        resumed, state = found or (None, first_state(config, mesh, initial))
+        step = start = int(state.step) if resumed is None else resumed
+        # Saved at once, so that to go on the run needs no source any more.
+        loaded = resumed is None and config.initialize_from is not None
         if start > stop:
             log.info("already at step %d, beyond the %d to stop at", start, stop)
             stop = start
@@ -120,7 +132,7 @@ def train(
                     telemetry.write(step, {"validation_loss": value})
                     telemetry.restart_clock()
                 leave, due = pod.vote(notice.received, checkpoints.clock_due())
-                save = leave or due or step == stop
+                save = leave or due or step == stop or (loaded and step == start)
                 if save or checkpoints.scheduled(step):
                     telemetry.sync()
                     files.upload()
@@ -172,6 +184,33 @@ def fresh_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """Checkpoint 0 on the mesh around us; no process ever holds more than its part."""
     places = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
     return jax.jit(init_state, static_argnums=0, out_shardings=places)(config)
+
+
+def check_initial(config: RunConfig, initial: Initial | None) -> None:
+    """Refuse a run that is to begin with weights when nothing was given that reads them.
+
+    Raises ConfigError. A run that has a checkpoint to go on from needs no source any more.
+    """
+    asked = config.initialize_from is not None and initial is None
+    if asked and not step_folders(path_of(config.checkpoint.directory)):
+        _require_initial(config, initial)
+
+
+def first_state(config: RunConfig, mesh: Mesh, initial: Initial | None) -> TrainState:
+    """The state of a run's first checkpoint: what `initial` makes, or a fresh one."""
+    _require_initial(config, initial)
+    if config.initialize_from is None or initial is None:
+        return fresh_state(config, mesh)
+    return initial(config, mesh)
+
+
+def _require_initial(config: RunConfig, initial: Initial | None) -> None:
+    if config.initialize_from is not None and initial is None:
+        raise ConfigError(
+            f"initialize_from.model: {config.initialize_from.model!r} is not read by train() "
+            "itself. Call config, initial = pythia_jax.bridge.start.prepare(config), then "
+            "train(config, initial=initial); `pythia-jax train` does so by itself"
+        )
 
 
 def keep_compiled() -> None:

@@ -21,31 +21,12 @@ def test_nothing_there_and_something_else_there_are_told_apart(tmp_path):
         pj.load(tmp_path / "file")
 
 
-@pytest.mark.parametrize(
-    ("name", "how", "command"),
-    [
-        ("70m", {}, "hf download EleutherAI/pythia-70m --local-dir pythia-70m`"),
-        ("pythia-19m", {}, "EleutherAI/pythia-70m "),
-        ("EleutherAI/pythia-70m-deduped", {}, "EleutherAI/pythia-70m-deduped "),
-        ("70m", {"step": 3000}, "EleutherAI/pythia-70m --revision step3000 "),
-        ("someone/else", {"revision": "main"}, "someone/else --revision main "),
-        (Path("EleutherAI/pythia-70m"), {"cache_dir": "cache"}, "EleutherAI/pythia-70m "),
-    ],
-    ids=str,
-)
-def test_model_on_the_hub_is_told_how_to_get(name, how, command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="hub is not supported yet") as error:
-        pj.load(name, **how)
-    assert command in str(error.value) and "snapshot_download" in str(error.value)
-
-
 @pytest.mark.parametrize("name", ["runs", "./a/b/c", "/70m/x", "~/model"])
 def test_path_that_is_no_hub_id_is_just_not_there(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder") as error:
         pj.load(name)
-    assert "hub" not in str(error.value)
+    assert "wanted is a Hugging Face folder" in str(error.value)
 
 
 def test_folder_goes_before_a_model_of_its_name(theirs, tmp_path, monkeypatch):
@@ -55,7 +36,7 @@ def test_folder_goes_before_a_model_of_its_name(theirs, tmp_path, monkeypatch):
 
 
 def test_revision_of_a_folder_is_an_error(theirs):
-    with pytest.raises(ValueError, match="revision 'step3000'"):
+    with pytest.raises(ValueError, match="revision means nothing"):
         pj.load(theirs, revision="step3000")
 
 
@@ -75,5 +56,5 @@ def test_dtype_that_no_parameters_have_is_an_error(dtype, theirs):
 
 
 def test_step_of_a_folder_that_has_one_checkpoint_is_an_error(theirs):
-    with pytest.raises(ValueError, match="one checkpoint"):
+    with pytest.raises(ValueError, match="of one checkpoint"):
         pj.load(theirs, step=3)

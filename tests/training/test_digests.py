@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pythia_jax.training.digests import changed, digests
+from pythia_jax.training.digests import BLOCK, changed, digests, part_sums, written
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "int8", "bool")
 
@@ -116,3 +116,19 @@ def test_a_digest_does_not_depend_on_the_mesh(monkeypatch: pytest.MonkeyPatch) -
     command = [sys.executable, "-c", ON_MESHES]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["8", "1"], done.stderr
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cuts", [(), (3,), (1, 2, 4)])
+def test_sums_of_parts_add_up_to_the_digest(dtype: str, cuts: tuple[int, ...]) -> None:
+    x = of_random_bits((5, 7, 3), dtype)
+    parts = np.split(x, cuts)
+    starts = np.cumsum([0, *(part.size for part in parts)])
+    total = sum(part_sums(part, int(at)) for part, at in zip(parts, starts[:-1], strict=True))
+    assert written(total) == digest(x)
+
+
+def test_parts_larger_than_a_block_are_cut_up_rightly() -> None:
+    x = of_random_bits((2, BLOCK + 5), "float16")
+    assert written(part_sums(x[0], 0) + part_sums(x[1], x[0].size)) == digest(x)
+    assert written(part_sums(x.T.copy().T, 0)) == digest(x)

@@ -1,0 +1,132 @@
+"""`pythia-jax convert`: weights and configs from one form into another."""
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=str))
+@click.argument("target", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--to",
+    type=click.Choice(["hf", "orbax", "neox"]),
+    default="hf",
+    show_default=True,
+    help="What is written: a Hugging Face folder, a run folder, a GPT-NeoX checkpoint.",
+)
+@click.option("--revision", help="Of a model on the hub: step3000, main.  [default: main]")
+@click.option(
+    "--step",
+    type=int,
+    help="Checkpoint of a run folder, or revision stepN.  [default: the newest]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of the weights written.  [default: as stored]",
+)
+@click.option(
+    "--max-shard-size", help="hf: of a file, before another is begun: 500MB.  [default: 5GB]"
+)
+@click.option(
+    "--as-pythia",
+    is_flag=True,
+    default=None,
+    help="hf: as Pythia was published, exact GELU and float16; not what was trained.",
+)
+@click.option("--model-parallel", type=int, help="neox: so many ranks to cut it for.  [default: 1]")
+@click.option("--push-to", metavar="ORG/NAME", help="hf: upload it there; TARGET may be left out.")
+@click.option(
+    "--revisions",
+    help="With --push-to, of a run folder: all, or steps (0,1000,2000): branches step0 …; main is "
+    "the last. Goes on where it was stopped.",
+)
+@click.option("--private", is_flag=True, help="With --push-to: a repository not for all to see.")
+@click.option(
+    "--neox-config",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Read a GPT-NeoX YAML file (may be repeated) and write the config of ours to SOURCE, "
+    "which is then the only argument.",
+)
+@click.option("--gpus", type=int, help="With --neox-config: how many the run was on.")
+@click.option("--vocab-size", type=int, help="With --neox-config: of the tokenizer, unpadded.")
+def convert(source: str, target: Path | None, **options: Any) -> None:
+    """Write SOURCE to the folder TARGET.
+
+    SOURCE is a model on the hub (70m, EleutherAI/pythia-70m), a Hugging Face folder, a GPT-NeoX
+    checkpoint (global_stepN) or a run folder (gs:// too).
+    """
+    files = options.pop("neox_config")
+    asked = {name: options.pop(name) for name in ("gpus", "vocab_size")}
+    if files:
+        if target is not None:
+            raise click.UsageError("convert --neox-config FILE.yml OUT.yaml: one path is enough")
+        _convert_config(files, Path(source), asked)
+        return
+    push = {name: options.pop(name) for name in ("push_to", "revisions", "private")}
+    if push["push_to"]:
+        _push(source, target, push, options)
+        return
+    if push["revisions"] or push["private"]:
+        raise click.UsageError("--revisions and --private go with --push-to ORG/NAME")
+    if target is None:
+        raise click.UsageError("name the folder to write: convert SOURCE TARGET")
+    from pythia_jax.bridge.convert import convert
+
+    written = convert(source, target, **options)
+    click.echo(f"{written.source} -> {target}")
+
+
+def _push(source: str, target: Path | None, how: dict[str, Any], options: dict[str, Any]) -> None:
+    """Upload one checkpoint to main, or many of a run to branches of their own."""
+    from pythia_jax.bridge.convert import convert
+    from pythia_jax.bridge.push import push, push_run
+    from pythia_jax.training.bucket import path_of
+
+    if options["to"] != "hf":
+        raise click.UsageError("--push-to uploads what --to hf writes")
+    repo, private = how["push_to"], how["private"]
+    if how["revisions"] is None:
+        with ExitStack() as stack:
+            if target is None:
+                place = stack.enter_context(tempfile.TemporaryDirectory(prefix="pythia_jax-push-"))
+                target = Path(place) / "hf"
+            convert(source, target, **options)
+            click.echo(push(target, repo, private=private))
+        return
+    if target is not None or options["step"] is not None or options["revision"] is not None:
+        raise click.UsageError("with --revisions there is no TARGET, --step or --revision")
+    steps = how["revisions"] if how["revisions"] == "all" else _steps(how["revisions"])
+    settings = {name: options[name] for name in ("dtype", "max_shard_size", "as_pythia")}
+    written = push_run(path_of(source), repo, revisions=steps, private=private, **settings)
+    click.echo(f"{len(written)} branches of {repo} were written: {', '.join(written) or 'none'}")
+
+
+def _steps(text: str) -> list[int]:
+    try:
+        return [int(step) for step in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: all, or steps: 0,1000,2000") from None
+
+
+def _convert_config(files: tuple[Path, ...], out: Path, asked: dict[str, Any]) -> None:
+    from pythia_jax.bridge import neox_config
+    from pythia_jax.files import write_whole
+
+    read = neox_config.read(*files, **asked)
+    write_whole(out, neox_config.to_yaml(read).encode())
+    tell(read)
+    click.echo(f"{', '.join(map(str, files))} -> {out}")
+
+
+def tell(read: Any) -> None:
+    """What of a GPT-NeoX file is done otherwise here."""
+    for line in read.warnings:
+        click.echo(f"warning: {line}", err=True)
+    for line in read.unhonoured:
+        click.echo(f"not as there: {line}", err=True)
