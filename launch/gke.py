@@ -1,7 +1,7 @@
 """TPU slices on Google Kubernetes Engine: a JobSet, one Job a slice and one Pod a host.
 
     launch/gke submit --name night --image REGISTRY/pythia_jax --topology v5e:4x4 \\
-        configs/pythia-160m.yaml --checkpoint.directory /mnt/storage/night
+        configs/pythia-160m.yaml --checkpoint.directory gs://BUCKET/night
 
 The cluster needs JobSet 0.6 or newer and a TPU node pool of that topology; kubectl's own context
 says which cluster. launch/Dockerfile makes the image. The cluster starts training again by itself.
