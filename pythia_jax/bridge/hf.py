@@ -465,8 +465,11 @@ def _write_weights(model: Model, folder: Path, dtype: str, limit: int) -> None:
 
     def flush() -> None:
         nonlocal pending, size
-        metadata = {"format": "pt"}
-        save_file(pending, folder / f"shard-{len(shards)}.safetensors", metadata=metadata)
+        path = folder / f"shard-{len(shards)}.safetensors"
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(pending, path, metadata={"format": "pt"})
+        path.chmod(mode)  # safetensors leaves it to its owner alone
         shards.append(list(pending))
         pending, size = {}, 0
 
