@@ -13,6 +13,7 @@ start, and counts once `commit_success.txt` is in it.
 """
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -88,11 +89,13 @@ class Checkpoints:
         else:  # what is under way already says more
             log.error("%s", failures[0])
 
-    def restore_newest(self) -> tuple[int, TrainState] | None:
+    def restore_newest(self, stop: float = math.inf) -> tuple[int, TrainState] | None:
         """The newest step that training can go on from, and its state; None for a fresh start.
 
         A checkpoint that is damaged is named in a warning, and the one before it is taken; once
         one is good, the damaged are moved aside. To be called once, before anything is saved.
+
+        stop: the step that training is to end at, for the log.
 
         Raises RuntimeError, with nothing moved or deleted, if what there is can not be gone on
         from: all damaged, or beyond step 0 but of parameters alone. Starting again would lose
@@ -114,7 +117,7 @@ class Checkpoints:
                 continue
             self._begin(step, whole=True)
             self._move_aside(damaged)
-            self._tell(step, about)
+            self._tell(step, about, stop)
             return step, state
         if damaged:
             names = ", ".join(str(path) for path in damaged)
@@ -263,7 +266,10 @@ class Checkpoints:
         for manager in self._managers.values():
             manager.reload()
 
-    def _tell(self, step: int, about: dict[str, Any]) -> None:
+    def _tell(self, step: int, about: dict[str, Any], stop: float) -> None:
+        if step >= stop:
+            log.info("already trained to step %d: %s", step, self._folder)
+            return
         now = provenance.surroundings(self._config, self._sharding())
         if changed := provenance.changed_surroundings(about, now):
             was = ", ".join(changed)

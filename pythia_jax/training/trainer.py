@@ -76,8 +76,6 @@ def train(
     stop = last_step(config, stop_at)
     mesh = sharding.make_mesh(config.mesh)
     asked, config = config, on_devices(config, mesh)
-    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-    log.info("devices: %d, in %d processes: %s", mesh.size, jax.process_count(), sizes or "one")
     keep_compiled()
     batches = GlobalBatches(data.batches(config, "train"), mesh)
     validation = None
@@ -96,11 +94,11 @@ def train(
         run_folder(asked) as files,
         Checkpoints(config, like) as checkpoints,
     ):
-        resumed, state = checkpoints.restore_newest() or (None, fresh_state(config, mesh))
+        tell(config, mesh)
+        resumed, state = checkpoints.restore_newest(stop) or (None, fresh_state(config, mesh))
         step = start = resumed or 0
-        if start > stop:
-            log.info("already at step %d, beyond the %d to stop at", start, stop)
-            stop = start
+        stop = max(start, stop)
+        show_progress = show_progress and start < stop
         leave, pod, feed = False, Vote(mesh), read_ahead(batches, start, stop)
         with (
             Telemetry(
@@ -166,6 +164,16 @@ def on_devices(config: RunConfig, mesh: Mesh) -> RunConfig:
     )
     chosen = dataclasses.replace(training, attention=runtime.attention)
     return dataclasses.replace(config, training=chosen)
+
+
+def tell(config: RunConfig, mesh: Mesh) -> None:
+    """Log what will compute a run that nothing refuses."""
+    assert config.model is not None
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    log.info("devices: %d, in %d processes: %s", mesh.size, jax.process_count(), sizes or "one")
+    kind, size = mesh.devices.flat[0].device_kind, config.model.head_size
+    kernel, dtype = config.training.attention, config.training.precision
+    log.info("attention: %s (%s, head size %d, %s)", kernel, kind, size, dtype)
 
 
 def fresh_state(config: RunConfig, mesh: Mesh) -> TrainState:

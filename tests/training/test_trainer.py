@@ -59,6 +59,21 @@ def test_two_runs_in_one_folder_are_refused(
         train(config, show_progress=False)
 
 
+def test_what_a_run_is_computed_on_is_told_once_nothing_refuses_it(
+    make_config: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pythia_jax")
+    train(make_config(), stop_at=1, show_progress=False)
+    devices, kernel = caplog.messages[:2]
+    assert devices.startswith(f"devices: {jax.device_count()}, in 1 processes")
+    assert kernel == "attention: xla (cpu, head size 16, float32)"
+    caplog.clear()
+    for changed in ({"training": {"steps": 7}}, {"model": {"vocab_size": 7}}):
+        with pytest.raises(ValueError):
+            train(make_config(**changed), show_progress=False)
+    assert caplog.messages == []
+
+
 def test_a_run_waits_for_the_process_before_it_to_be_gone(
     make_config: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
