@@ -120,10 +120,14 @@ class Checkpoints:
             self._tell(step, about, stop)
             return step, state
         if damaged:
-            names = ", ".join(str(path) for path in damaged)
+            there = "; ".join(
+                f"{kind}/ {', '.join(sorted(steps, key=int))}"
+                for kind in (SCHEDULED, RESUME)
+                if (steps := [path.name for path in damaged if path.parent.name == kind])
+            )
             raise RuntimeError(
-                f"no checkpoint to go on from; damaged: {names}. Bring one back from a copy, or "
-                "choose another checkpoint.directory to start from step 0"
+                f"{self._folder}: no checkpoint to go on from; all are damaged: {there}. Bring one "
+                "back from a copy, or choose another checkpoint.directory to start from step 0"
             )
         if max(light, default=0) > 0:
             there = ", ".join(map(str, sorted(light)))
@@ -315,8 +319,8 @@ def load_params(
             return newest, _params_at(places[newest], config, dtype)
         except DamagedError as error:
             log.warning("damaged, so not used, looking for an older one: %s", error)
-    names = ", ".join(str(places[step]) for step in sorted(places))
-    raise DamagedError(f"{folder}: every checkpoint in it is damaged: {names}")
+    there = ", ".join(map(str, sorted(places)))
+    raise DamagedError(f"{folder}: every checkpoint in it is damaged: {there}")
 
 
 def _steps_in(folder: AnyPath) -> list[AnyPath]:
