@@ -33,7 +33,9 @@ def load(folder: AnyPath, step: int | None, dtype: DTypeLike) -> Model:
         if config.model is None:
             raise ConfigError(f"{folder / 'config.yaml'}: model: missing")
         tokenizer_files = _tokenizer_files(here, config.tokenizer, folder)
-    step, params = load_params(folder, config, step, dtype)
+    asked, (step, params) = step, load_params(folder, config, step, dtype)
+    if asked is None and step == 0:
+        log.warning("%s: its newest checkpoint is of step 0, so nothing is trained yet", folder)
     return Model(
         params=params,
         config=config.model,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shutil
 from pathlib import Path
 
 import jax
@@ -24,6 +25,13 @@ def write_tokenizer(path: Path, word: str) -> str:
     return path.read_text()
 
 
+def save(config: RunConfig, step: int) -> None:
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), Checkpoints(config, abstract_state(config, mesh)) as checkpoints:
+        assert checkpoints.restore_newest() is None
+        checkpoints.save(step, fresh_state(config, mesh), resume=False)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of one checkpoint, made in `home`, whose config names its tokenizer from there."""
@@ -36,10 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         tokenizer="tokenizer.json",
         checkpoint=CheckpointConfig(directory="run"),
     )
-    mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh), Checkpoints(config, abstract_state(config, mesh)) as checkpoints:
-        assert checkpoints.restore_newest() is None
-        checkpoints.save(0, fresh_state(config, mesh), resume=False)
+    save(config, 1)
     configs.save(config, "run/config.yaml")
     return tmp_path / "home" / "run"
 
@@ -78,6 +83,20 @@ def test_run_that_names_no_tokenizer_has_none_and_is_not_warned_of(folder: Path,
     with caplog.at_level(logging.WARNING, logger="pythia_jax"):
         assert pj.load(folder).tokenizer is None
     assert not caplog.records
+
+
+def test_a_run_that_has_trained_nothing_yet_is_warned_of_unless_asked_for(
+    folder: Path, caplog
+) -> None:
+    shutil.rmtree(folder / "checkpoints")
+    write_tokenizer(folder / "tokenizer.json", "own")
+    save(configs.load(folder / "config.yaml"), 0)
+    with caplog.at_level(logging.WARNING, logger="pythia_jax"):
+        pj.load(folder, step=0)
+        assert not caplog.records
+        pj.load(folder)
+    (record,) = caplog.records
+    assert "step 0, so nothing is trained" in record.getMessage()
 
 
 def test_float64_and_revision_of_a_run_are_refused_as_of_other_folders(folder: Path) -> None:
