@@ -73,7 +73,8 @@ def check_name(name: str) -> None:
     """
     if len(name) > NAME_LENGTH or not re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", name):
         raise LaunchError(
-            f"--name {name}: want at most {NAME_LENGTH} of a-z, 0-9 and -, first a letter, last no -"
+            f"--name {name}: want at most {NAME_LENGTH} of a-z, 0-9 and -, "
+            "a letter first and no - last"
         )
 
 

@@ -146,8 +146,9 @@ def submit(
     """Write OUT/NAME.sbatch for CONFIG, with its dotted flags, and submit it."""
     if not TIME.fullmatch(settings["time_limit"]):
         raise LaunchError(
-            f"--time {settings['time_limit']}: want MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, "
-            "DAYS-HOURS, DAYS-HOURS:MINUTES or DAYS-HOURS:MINUTES:SECONDS; for example 24:00:00"
+            f"--time {settings['time_limit']}: want MINUTES, MINUTES:SECONDS, "
+            "HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES or DAYS-HOURS:MINUTES:SECONDS; "
+            "for example 24:00:00"
         )
     commands, wanted = Commands(dry_run), training(ctx, config)
     file = out / f"{name}.sbatch"

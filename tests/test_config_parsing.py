@@ -232,7 +232,7 @@ def test_an_error_that_no_flag_sets_names_the_file_and_flags_that_bring_it_about
         configs.load(file, {"name": "y", "training.batch-size": "9"})
     flags, key = "--name, --training.batch-size", "training.gradient_accumulation: 2"
     assert str(error.value).startswith(f"{file} with {flags}: {key} is not possible")
-    with pytest.raises(ConfigError, match="^--training.steps: 0 is not possible"):
+    with pytest.raises(ConfigError, match=r"^--training\.steps: 0 is not possible"):
         configs.for_data("some/prefix", {"training.steps": "0"})
     file.write_text("training: {gradient_accumulation: 3}\n")
     with pytest.raises(ConfigError, match=f"^{file}: training.gradient_accumulation: 3"):
