@@ -1,5 +1,6 @@
 """A run killed again and again, beside the same run left alone: are they equal, bit for bit?
 
+\b
     python benchmarks/soak.py --kills 25
     python benchmarks/soak.py --kills 25 --processes 2
 

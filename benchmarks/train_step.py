@@ -1,5 +1,6 @@
 """A full training step: ours beside transformers' GPTNeoX on torch, on a CPU or on a GPU.
 
+\b
     python benchmarks/train_step.py --shapes 70m:8x512 --repeats 10
     python benchmarks/train_step.py --platform gpu --sizes 160m,410m,1.4b
 

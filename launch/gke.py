@@ -1,7 +1,9 @@
 """TPU slices on Google Kubernetes Engine: a JobSet, one Job a slice and one Pod a host.
 
-    launch/gke submit --name night --image REGISTRY/pythia_jax --topology v5e:4x4 \\
-        configs/pythia-160m.yaml --checkpoint.directory /mnt/storage/night
+\b
+    launch/gke submit --name night --topology v5e:4x4 \\
+        --image REGISTRY/pythia_jax configs/pythia-160m.yaml \\
+        --checkpoint.directory gs://BUCKET/night
 
 The cluster needs JobSet 0.6 or newer and a TPU node pool of that topology; kubectl's own context
 says which cluster. launch/Dockerfile makes the image. The cluster starts training again by itself.
@@ -9,6 +11,7 @@ says which cluster. launch/Dockerfile makes the image. The cluster starts traini
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +46,8 @@ DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
 CHIPS_PER_HOST = 4
 GRACE_SECONDS = 300
 """Between SIGTERM and SIGKILL: enough to save. A spot machine gives less, whatever is asked."""
+NAME_LENGTH = 40
+"""Kubernetes allows 63 characters, and JobSet makes Pods' names longer: NAME-slice-0-0-xxxxx."""
 OF_JOBSET = "jobset.sigs.k8s.io/jobset-name"
 
 
@@ -59,6 +64,18 @@ def hosts_and_chips(topology: str) -> tuple[str, str, int, int]:
     chips = math.prod(map(int, sides))
     per_host = min(chips, CHIPS_PER_HOST)
     return ACCELERATORS[generation], shape, chips // per_host, per_host
+
+
+def check_name(name: str) -> None:
+    """Raises LaunchError for what cannot be the name of a JobSet and of its Service.
+
+    https://kubernetes.io/docs/concepts/overview/working-with-objects/names/#rfc-1035-label-names
+    """
+    if len(name) > NAME_LENGTH or not re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", name):
+        raise LaunchError(
+            f"--name {name}: want at most {NAME_LENGTH} of a-z, 0-9 and -, "
+            "a letter first and no - last"
+        )
 
 
 def manifest(
@@ -230,6 +247,7 @@ def submit(
     **settings: Any,
 ) -> None:
     """Write OUT/NAME.yaml for CONFIG, with its dotted flags, and apply it."""
+    check_name(name)
     cluster, wanted = Cluster(Commands(dry_run), name, namespace), training(ctx, config)
     check_for_cloud(wanted, settings["topology"], slices, cluster.commands.say)
     file = out / f"{name}.yaml"

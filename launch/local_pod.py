@@ -26,7 +26,15 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.outcomes import DONE, SAVED, as_exit_status, in_words, tail, worth_a_restart
+from launch.outcomes import (
+    DONE,
+    INTERRUPTED,
+    SAVED,
+    as_exit_status,
+    in_words,
+    tail,
+    worth_a_restart,
+)
 
 HEARTBEAT = ("--distributed.heartbeat-seconds", "10")
 GRACE_SECONDS = 5
@@ -192,7 +200,7 @@ def run_pod(
         result = PodResult(result.status, result.first, result.statuses, result.output, start)
         if result.first is None:
             return result
-        if result.status != SAVED:
+        if as_exit_status(result.status) not in (SAVED, INTERRUPTED):
             lines = tail(result.output[result.first])
             say(f"process {result.first} ended first, by {in_words(result.status)}:\n{lines}")
         if told or not worth_a_restart(result.status) or start > restarts:
@@ -294,4 +302,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # where no pod was there yet to hand it to
+        sys.exit(INTERRUPTED)

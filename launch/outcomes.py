@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 DONE = 0
 SAVED = 75
 """EX_TEMPFAIL of sysexits.h: `pythia-jax train` was told to leave, and has saved."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Somebody's second Ctrl-C, in a pod also their first while it is starting."""
 LOST = (signal.SIGABRT, signal.SIGKILL, signal.SIGTERM)
 """Signals that end a process through no fault of its own: JAX aborts one whose peer died; machines
 that are taken away kill, and so does the system when memory runs out."""

@@ -1,11 +1,14 @@
 """GPUs under Slurm: one process a GPU, saved and queued again before the time limit.
 
-    launch/slurm submit --name night --nodes 2 --gpus-per-node 8 --time 24:00:00 \\
-        configs/pythia-160m.yaml --checkpoint.directory /shared/night
+\b
+    launch/slurm submit --name night --time 24:00:00 \\
+        --nodes 2 --gpus-per-node 8 configs/pythia-160m.yaml \\
+        --checkpoint.directory /shared/night
 
 The repository, its .venv and the run folder lie on a disk that all nodes see.
 """
 
+import re
 import shlex
 import sys
 import time
@@ -31,6 +34,8 @@ from launch.outcomes import TAIL
 
 SAVE_SECONDS = 180
 """How long before the time limit training is told to save and end."""
+TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE")
+"""Times as sbatch reads them. https://slurm.schedmd.com/sbatch.html#OPT_time"""
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING"}
 RUNNING = {"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "PREEMPTED"}
 """PREEMPTED goes over into PENDING by itself, since the job is one to be queued again."""
@@ -128,7 +133,7 @@ def main() -> None: ...
 @click.option("--name", required=True, help="Of the job.")
 @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--gpus-per-node", type=click.IntRange(1), required=True)
-@click.option("--time", "time_limit", required=True, help="Of one start, as Slurm writes it.")
+@click.option("--time", "time_limit", required=True, help="Of one start: 24:00:00, 2-12.")
 @click.option("--sbatch", "extra", multiple=True, help="A flag of sbatch: --sbatch=--partition=gpu")
 @RESTARTS
 @OUT
@@ -139,6 +144,12 @@ def submit(
     ctx: click.Context, config: Path, name: str, out: Path, dry_run: bool, **settings: Any
 ) -> None:
     """Write OUT/NAME.sbatch for CONFIG, with its dotted flags, and submit it."""
+    if not TIME.fullmatch(settings["time_limit"]):
+        raise LaunchError(
+            f"--time {settings['time_limit']}: want MINUTES, MINUTES:SECONDS, "
+            "HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES or DAYS-HOURS:MINUTES:SECONDS; "
+            "for example 24:00:00"
+        )
     commands, wanted = Commands(dry_run), training(ctx, config)
     file = out / f"{name}.sbatch"
     commands.write(file, script(name, out=out, wanted=wanted, **settings))

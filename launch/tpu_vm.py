@@ -1,7 +1,9 @@
 """TPU VM slices by queued resources: made, installed on, trained on, made again after preemption.
 
-    launch/tpu_vm train --name night --zone us-west4-a --accelerator v5litepod-16 --spot \\
-        configs/pythia-160m.yaml --checkpoint.directory /mnt/storage/night
+\b
+    launch/tpu_vm train --name night --zone us-west4-a \\
+        --accelerator v5litepod-16 --spot configs/pythia-160m.yaml \\
+        --checkpoint.directory gs://BUCKET/night
 
 The slice and its nodes are called NAME (NAME-0 … with several slices).
 """

@@ -69,8 +69,9 @@ def build(cls: type[S], mapping: object, where: str) -> S:
     hints = _hints(cls)
     for key in values:
         if key not in hints:
-            nearest = _nearest(str(key), [*hints, *cls._shorthands])
-            raise ConfigError(f"{prefix}{key}: unknown key{nearest}")
+            known = [*hints, *cls._shorthands]
+            hint = _nearest(str(key), known) or f"; the known ones are {', '.join(known)}"
+            raise ConfigError(f"{prefix}{key}: unknown key{hint}")
     for f in dataclasses.fields(cls):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and f.name not in values:
@@ -160,7 +161,7 @@ def _hints(cls: type[Section]) -> dict[str, Any]:
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    close = difflib.get_close_matches(key, known, n=1)
     return f"; the nearest known one is {close[0]!r}" if close else ""
 
 

@@ -2,9 +2,10 @@
 
 `RunConfig` is everything a training run needs; `ModelConfig` and `Runtime`, of
 `pythia_jax.model_config`, say which function is computed and how. Every mistake is one
-`ConfigError` that names the key, the value and, for an unknown key, the nearest one that exists.
+`ConfigError` that names the key, the value and, for an unknown key, what it may have meant.
 """
 
+import copy
 import dataclasses
 import math
 import re
@@ -419,25 +420,38 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> RunConfig:
     """Read a YAML file; `overrides` maps dotted keys (`optimizer.peak-learning-rate`) to text.
 
-    Raises `ConfigError` with the file's name for anything that is wrong in it.
+    Raises `ConfigError` for anything that is wrong: with the file's name or, where an override
+    made it so, with that one's, as the flag that it is on the command line.
     """
-    path = Path(path)
-    mapping = _override(read_yaml(path), overrides)
-    try:
-        return from_dict(mapping)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    return _overridden(read_yaml(Path(path)), overrides or {}, str(path))
 
 
 def for_data(prefix: str, overrides: Mapping[str, str] | None = None) -> RunConfig:
     """A config of defaults, Pythia's, whose training data is the dataset at `prefix`."""
-    return from_dict(_override({"data": {"train": [prefix]}}, overrides))
+    return _overridden({"data": {"train": [prefix]}}, overrides or {}, prefix)
 
 
-def _override(mapping: dict[str, Any], overrides: Mapping[str, str] | None) -> dict[str, Any]:
-    for key, text in (overrides or {}).items():
-        set_dotted(mapping, key, text, RunConfig)
-    return mapping
+def _overridden(mapping: dict[str, Any], overrides: Mapping[str, str], name: str) -> RunConfig:
+    changed = copy.deepcopy(mapping)
+    try:
+        for key, text in overrides.items():
+            set_dotted(changed, key, text, RunConfig)
+        return from_dict(changed)
+    except ConfigError as error:
+        message = str(error)
+    key = re.split(r":|\[", message)[0].replace("-", "_")
+    for flag in overrides:
+        told = flag.replace("-", "_")
+        if told == key:
+            raise ConfigError(f"--{flag}{message[len(key) :]}")
+        if told.startswith(f"{key}.") or key.startswith(f"{told}."):
+            raise ConfigError(f"--{flag}: {message}")
+    try:
+        from_dict(mapping)
+    except ConfigError:
+        raise ConfigError(f"{name}: {message}") from None
+    flags = ", ".join(f"--{flag}" for flag in overrides)
+    raise ConfigError(f"{name} with {flags}: {message}")
 
 
 def save(config: RunConfig, path: str | Path) -> None:

@@ -2,7 +2,9 @@
 
 import fcntl
 import logging
+import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,9 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     try:
         with partial.open("wb") as file:
             yield file
+            file.flush()
+            # Else a machine that stops now may keep the name and not what is in it.
+            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -44,22 +49,27 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 @contextmanager
-def locked(path: str | os.PathLike[str], *, wait: bool = True) -> Iterator[None]:
+def locked(path: str | os.PathLike[str], *, seconds: float = math.inf) -> Iterator[None]:
     """Hold a lock on a file, which is made if need be and stays.
 
     The lock is the operating system's, on an open file, and goes with the process, kill -9
-    included.
+    included. seconds: how long to wait for one that another process holds.
 
     Raises:
-        BlockingIOError: another process holds it, and we do not want to wait.
+        BlockingIOError: another process still holds it.
         OSError: the file cannot be made, or its file system has no locks.
     """
     with Path(path).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise
-            log.info("%s: waiting for the process that holds it", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        end, told = time.monotonic() + seconds, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise
+            if not told:
+                log.info("%s: waiting for the process that holds it", path)
+                told = True
+            time.sleep(0.1)
         yield

@@ -5,7 +5,6 @@ Shapes, learning rates and batch layouts are those of the training files in Eleu
 in `known_faults`. Faults of published weights are cited by the thread that reports them.
 """
 
-import difflib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -206,7 +205,7 @@ def lookup(name: str) -> SuiteModel:
     """The size that `name` means: `70m`, `pythia-70m`, `pythia-70m-deduped`, the same behind
     `EleutherAI/`, and the names of before January 2023 (`19m`, `pythia-19m-deduped`, ...).
 
-    Raises `ValueError`, which names the nearest model that exists.
+    Raises `ValueError`, which names the sizes that there are.
     """
     return _find(name)[0]
 
@@ -224,12 +223,10 @@ def _find(name: str) -> tuple[SuiteModel, str]:
     short = name.strip().lower().removeprefix("eleutherai/").removeprefix("pythia-")
     found = _RUNS.get(short)
     if found is None:
-        # A size without a deduplicated run is nearer to its standard run than to another size.
-        near = _RUNS.get(short.removesuffix("-deduped"))
-        near = near or _RUNS[difflib.get_close_matches(short, _RUNS, n=1, cutoff=0.0)[0]]
         raise ValueError(
-            f"no model of the suite is called {name!r}; the nearest is {near[1]!r}. "
-            f"The sizes are {', '.join(SUITE)}"
+            f"no model of the suite is called {name!r}. The sizes are {', '.join(SUITE)}; all but "
+            f"{', '.join(size for size, model in SUITE.items() if not model.deduped)} have a "
+            "deduplicated run too (70m-deduped)"
         )
     return found
 

@@ -157,6 +157,17 @@ def test_bad_input_is_one_clear_line(config: Path, arguments: list[str], message
     assert message in output
 
 
+def test_an_interrupt_is_one_line_and_its_own_exit_status(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pythia_jax.training.trainer.train", interrupted)
+    result = run("train", config)
+    assert (result.exit_code, result.output) == (130, "Interrupted\n")
+
+
 def test_a_model_without_a_tokenizer_cannot_be_prompted(tmp_path: Path) -> None:
     pj.save_hf(Model(random_params(TINY), TINY), tmp_path / "hf")
     assert "no tokenizer" in refused("generate", tmp_path / "hf", "hello")

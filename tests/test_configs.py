@@ -202,7 +202,7 @@ def test_width_beside_size_widens_the_mlp_with_it():
     assert config is not None and config.intermediate_size == 1024
 
 
-def test_unknown_size_names_the_nearest():
+def test_unknown_size_names_those_there_are():
     message = error_of({"model": {"size": "71m"}})
     assert message.startswith("model.size: ") and "'71m'" in message and "70m" in message
 

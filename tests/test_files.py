@@ -31,6 +31,15 @@ def test_a_file_that_is_right_already_is_left_alone(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"other"
 
 
+def test_content_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(os.fstat(fd).st_size))
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda *a: (done.append("named"), replace(*a))[1])
+    write_whole(tmp_path / "file", b"content")
+    assert done == [7, "named"]
+
+
 def hold(path, taken, leave):
     with locked(path):
         taken.set()
@@ -43,7 +52,7 @@ def test_a_lock_keeps_others_out_until_its_process_is_killed(tmp_path):
     process = context.Process(target=hold, args=(tmp_path / "lock", taken, leave))
     process.start()
     taken.wait()
-    with pytest.raises(BlockingIOError), locked(tmp_path / "lock", wait=False):
+    with pytest.raises(BlockingIOError), locked(tmp_path / "lock", seconds=0.2):
         pass
     process.kill()
     with locked(tmp_path / "lock"):

@@ -87,6 +87,8 @@ def _candidates(folder: AnyPath, step: int | None) -> Iterator[Opened]:
             log.warning("damaged, so not used, looking for an older one: %s", error)
             damaged.append(str(places[number]))
             continue
+        if step is None and number == 0 and CONVERTED not in stored.about:
+            log.warning("%s: its newest checkpoint is of step 0, so nothing is trained yet", folder)
         yield _opened(folder, config, number, stored, tokenizer_files, data)
     if len(damaged) == len(places):
         raise CheckpointError(

@@ -1,6 +1,7 @@
 """The command line: parse, call one function of the library, print."""
 
 import logging
+import signal
 import sys
 import traceback
 from contextlib import nullcontext
@@ -19,6 +20,9 @@ EXPECTED = (ValueError, OSError, IndexError, RuntimeError, MemoryError)
 START_AGAIN = 75
 """Exit status of `train` when it was told to leave and has saved everything (EX_TEMPFAIL)."""
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status after Ctrl-C; of `train` after a second one."""
+
 
 class _Group(click.Group):
     """Turns the library's own errors into one line, unless --traceback asks for all of it."""
@@ -32,6 +36,9 @@ class _Group(click.Group):
             ):
                 raise
             raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted", err=True)
+            ctx.exit(INTERRUPTED)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -8,7 +8,10 @@ import click
 DOTTED = {"ignore_unknown_options": True, "allow_extra_args": True}
 CONFIG_HELP = """
 
-    Any key of the config can be set: --optimizer.peak-learning-rate 1e-3 --training.steps 100
+    Any key of the config can be set:
+
+    \b
+        --optimizer.peak-learning-rate 1e-3 --training.steps 100
 """
 PREFIX_HELP = """
 

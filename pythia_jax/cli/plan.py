@@ -1,7 +1,6 @@
 """`pythia-jax plan`: what a run would need on TPUs that are not here."""
 
 import json
-import logging
 from pathlib import Path
 
 import click
@@ -54,7 +53,6 @@ def plan(
     from pythia_jax.training import plan_sweep, plan_text
     from pythia_jax.training.plan import plan
 
-    logging.getLogger("pythia_jax").setLevel(logging.WARNING)  # The plan tells the kernel.
     loaded = load_config(ctx, config)
     place = topologies.parse(topology, slices or max(1, loaded.mesh.slices))
     if sweep:

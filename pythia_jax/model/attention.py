@@ -93,7 +93,7 @@ def resolve(
     device_kind: str = "",
     sites: Collection[str] = (),
 ) -> Runtime:
-    """`runtime` with the name of the attention kernel that will run; the choice is logged.
+    """`runtime` with the name of the attention kernel that will run.
 
     platform, device_kind: those of the mesh's devices. A `runtime` that leaves the dtype open is
     taken for float32.
@@ -103,8 +103,6 @@ def resolve(
     dtype = runtime.dtype or "float32"
     asked = choose(runtime, sites)
     name = kernels.pick(asked, config.head_size, dtype, platform, device_kind)
-    where = device_kind or platform
-    log.info("attention: %s (%s, head size %d, %s)", name, where, config.head_size, dtype)
     return dataclasses.replace(runtime, attention=name)
 
 

@@ -13,6 +13,7 @@ start, and counts once `commit_success.txt` is in it.
 """
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -89,11 +90,13 @@ class Checkpoints:
         else:  # what is under way already says more
             log.error("%s", failures[0])
 
-    def restore_newest(self) -> tuple[int, TrainState] | None:
+    def restore_newest(self, stop: float = math.inf) -> tuple[int, TrainState] | None:
         """The newest step that training can go on from, and its state; None for a fresh start.
 
         A checkpoint that is damaged is named in a warning, and the one before it is taken; once
         one is good, the damaged are moved aside. To be called once, before anything is saved.
+
+        stop: the step that training is to end at, for the log.
 
         Raises RuntimeError, with nothing moved or deleted, if what there is can not be gone on
         from: all damaged, or beyond step 0 but of parameters alone. Starting again would lose
@@ -115,13 +118,17 @@ class Checkpoints:
                 continue
             self._begin(step, whole=True)
             self._move_aside(damaged)
-            self._tell(step, about)
+            self._tell(step, about, stop)
             return step, state
         if damaged:
-            names = ", ".join(str(path) for path in damaged)
+            there = "; ".join(
+                f"{kind}/ {', '.join(sorted(steps, key=int))}"
+                for kind in (SCHEDULED, RESUME)
+                if (steps := [path.name for path in damaged if path.parent.name == kind])
+            )
             raise RuntimeError(
-                f"no checkpoint to go on from; damaged: {names}. Bring one back from a copy, or "
-                "choose another checkpoint.directory to start from step 0"
+                f"{self._folder}: no checkpoint to go on from; all are damaged: {there}. Bring one "
+                "back from a copy, or choose another checkpoint.directory to start from step 0"
             )
         if max(light, default=0) > 0:
             there = ", ".join(map(str, sorted(light)))
@@ -265,7 +272,10 @@ class Checkpoints:
         for manager in self._managers.values():
             manager.reload()
 
-    def _tell(self, step: int, about: dict[str, Any]) -> None:
+    def _tell(self, step: int, about: dict[str, Any], stop: float) -> None:
+        if step >= stop:
+            log.info("already trained to step %d: %s", step, self._folder)
+            return
         now = provenance.surroundings(self._config, self._sharding())
         if changed := provenance.changed_surroundings(about, now):
             was = ", ".join(changed)
@@ -311,8 +321,8 @@ def load_params(
             return newest, _params_at(places[newest], config, dtype)
         except DamagedError as error:
             log.warning("damaged, so not used, looking for an older one: %s", error)
-    names = ", ".join(str(places[step]) for step in sorted(places))
-    raise DamagedError(f"{folder}: every checkpoint in it is damaged: {names}")
+    there = ", ".join(map(str, sorted(places)))
+    raise DamagedError(f"{folder}: every checkpoint in it is damaged: {there}")
 
 
 def step_folders(folder: AnyPath) -> dict[int, AnyPath]:

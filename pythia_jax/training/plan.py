@@ -8,6 +8,7 @@ measures time: seconds follow from the FLOPs of the model and a utilisation (MFU
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -217,7 +218,9 @@ def compile_step(config: RunConfig, mesh: Mesh, state: TrainState) -> Any:
     shape = (config.training.batch_size, config.data.sequence_length + 1)
     place = sharding.sharding(mesh, ("batch", "seq"))
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), warnings.catch_warnings():
+        # A process that has trained keeps its programs; those for other machines it cannot read.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
         return jitted_train_step.lower(state, tokens, config=config).compile()
 
 

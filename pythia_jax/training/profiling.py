@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from pythia_jax.training.pod import is_first
+
 log = logging.getLogger(__name__)
 
 
@@ -21,13 +23,21 @@ class Profile:
             raise ValueError(f"steps to profile: {steps}; it must be at least 0")
         self._folder = folder
         self._steps = range(first_step, first_step + steps)
+        self._traced = 0
         self._mark: jax.profiler.StepTraceAnnotation | None = None
 
     def __enter__(self) -> "Profile":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         self._stop(None)
+        if kind is None and self._traced < len(self._steps) and is_first():
+            log.warning(
+                "profile: %d of %d steps traced: training ended before there were more, and the "
+                "first step of an attempt, which compiles, is left out",
+                self._traced,
+                len(self._steps),
+            )
 
     def step(self, step: int, state: Any = None) -> None:
         """Called before batch `step` is dispatched; `state` is what the steps before gave.
@@ -44,6 +54,7 @@ class Profile:
             self._mark.__exit__(None, None, None)
         self._mark = jax.profiler.StepTraceAnnotation("train", step_num=step)
         self._mark.__enter__()
+        self._traced += 1
 
     def _stop(self, state: Any) -> None:
         if self._mark is None:

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 FETCHED = ("config.yaml", "data.json", "tokenizer.json", "wandb_id")
 """Files of a run folder that are compared, or gone on with, when a run is."""
+LOCK_SECONDS = 30
+"""How long to wait for the lock of a process that was told to end, or killed, and has yet to go."""
 _PART = re.compile(r"metrics/(\d{6,})(?:-from-(\d+))?\.jsonl")
 
 
@@ -160,9 +162,12 @@ def run_folder(config: RunConfig) -> Iterator[RunFiles]:
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         try:
-            held.enter_context(locked(folder / ".lock", wait=False))
+            held.enter_context(locked(folder / ".lock", seconds=LOCK_SECONDS))
         except BlockingIOError:
-            raise RuntimeError(f"{place}: another process is training in this folder") from None
+            raise RuntimeError(
+                f"{place}: another process is training in this folder, and still was after "
+                f"{LOCK_SECONDS} seconds"
+            ) from None
         if isinstance(place, Path):
             enter_run(config, folder.absolute())
             yield RunFiles(place, folder)

@@ -48,6 +48,9 @@ MEASURED = frozenset(
 )
 """Keys of a line that tell of the machine and its clock; all others repeat when a run does."""
 
+LEAVE_SECONDS = 60
+"""How long an attempt that ends by an error waits for the step under way."""
+
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient of `step` is no number; nothing computed from it was saved."""
@@ -105,6 +108,7 @@ class Telemetry:
         self._spikes = SpikeWatch()
         self._clock = Clock(time.perf_counter() if began is None else began)
         self._pending: _Fetch | None = None
+        self._newest: _Fetch | None = None
         self._window: _Window | None = None
 
     def __enter__(self) -> "Telemetry":
@@ -117,6 +121,10 @@ class Telemetry:
                 self.flush()
                 failed = False
         finally:
+            # A thread that is in JAX's runtime as Python ends aborts the process (status 134). In
+            # a pod the step may wait for others, and a process that fails ends without Python's.
+            if self._newest is not None and jax.process_count() == 1:
+                self._newest.join(LEAVE_SECONDS)
             self._bar.close()
             if self._records is not None:
                 self._records.close(failed=failed)
@@ -129,7 +137,8 @@ class Telemetry:
         Raises NonFiniteError if the step before failed.
         """
         now = time.perf_counter()
-        fetch = _Fetch(step, metrics, self._clock.batch_came(now, data_wait), after=self._pending)
+        came = self._clock.batch_came(now, data_wait)
+        self._newest = fetch = _Fetch(step, metrics, came, after=self._pending)
         self.flush()
         self._window = self._window or _Window(now)  # compilation is behind us now
         self._window.data_wait += data_wait

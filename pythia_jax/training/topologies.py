@@ -39,6 +39,8 @@ figure for both directions."""
 ENVIRONMENT = {
     # This process opens no TPU, even where there is one.
     "JAX_PLATFORMS": "cpu",
+    # What it compiles would be kept and could not be read back.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
     # libtpu neither asks the cloud which TPU it is on, nor complains that there is none,
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",

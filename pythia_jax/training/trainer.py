@@ -85,8 +85,6 @@ def train(
     check_initial(config, initial)
     mesh = sharding.make_mesh(config.mesh)
     asked, config = config, on_devices(config, mesh)
-    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-    log.info("devices: %d, in %d processes: %s", mesh.size, jax.process_count(), sizes or "one")
     keep_compiled()
     batches = GlobalBatches(data.batches(config, "train"), mesh)
     validation = None
@@ -105,14 +103,14 @@ def train(
         run_folder(asked) as files,
         Checkpoints(config, like) as checkpoints,
     ):
-        found = checkpoints.restore_newest()
+        tell(config, mesh)
+        found = checkpoints.restore_newest(stop)
         resumed, state = found or (None, first_state(config, mesh, initial))
         step = start = int(state.step) if resumed is None else resumed
         # Saved at once, so that to go on the run needs no source any more.
         loaded = resumed is None and config.initialize_from is not None
-        if start > stop:
-            log.info("already at step %d, beyond the %d to stop at", start, stop)
-            stop = start
+        stop = max(start, stop)
+        show_progress = show_progress and start < stop
         leave, pod, feed = False, Vote(mesh), read_ahead(batches, start, stop)
         with (
             Telemetry(
@@ -178,6 +176,16 @@ def on_devices(config: RunConfig, mesh: Mesh) -> RunConfig:
     )
     chosen = dataclasses.replace(training, attention=runtime.attention)
     return dataclasses.replace(config, training=chosen)
+
+
+def tell(config: RunConfig, mesh: Mesh) -> None:
+    """Log what will compute a run that nothing refuses."""
+    assert config.model is not None
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    log.info("devices: %d, in %d processes: %s", mesh.size, jax.process_count(), sizes or "one")
+    kind, size = mesh.devices.flat[0].device_kind, config.model.head_size
+    kernel, dtype = config.training.attention, config.training.precision
+    log.info("attention: %s (%s, head size %d, %s)", kernel, kind, size, dtype)
 
 
 def fresh_state(config: RunConfig, mesh: Mesh) -> TrainState:

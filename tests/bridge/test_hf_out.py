@@ -59,6 +59,17 @@ def test_export_names_the_activation_that_was_trained(activation, tmp_path):
     assert raw["rope_parameters"]["rope_theta"] == 10000.0
 
 
+@pytest.mark.parametrize("limit", [None, 40_000])
+def test_all_files_of_an_export_may_be_read_as_the_umask_says(limit, tmp_path):
+    before = os.umask(0o027)
+    try:
+        pj.save_hf(our_model(), tmp_path / "out", max_shard_size=limit)
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {"0o640"}, modes
+
+
 def test_files_of_an_export_without_tokenizer(tmp_path):
     pj.save_hf(our_model(), tmp_path / "out")
     files = {path.name for path in (tmp_path / "out").iterdir()}

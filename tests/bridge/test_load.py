@@ -1,7 +1,6 @@
 """`load`: what may be named, in which dtype it comes, and what is said where there is nothing."""
 
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np

@@ -103,6 +103,20 @@ def test_a_topology_that_is_none_is_refused(world: World, config: Path, topology
     assert world.calls() == []
 
 
+@pytest.mark.parametrize("name", ["Night", "night_1", "1st", "night-", "n" * 41, "a.b", ""])
+def test_a_name_that_kubernetes_refuses_is_refused_before(
+    world: World, config: Path, name: str
+) -> None:
+    done = run("submit", "--name", name, *JOB[2:], config)
+    assert done.exit_code == 1 and f"Error: --name {name}: want at most 40" in done.output
+    assert world.calls() == [] and not Path("logs").exists()
+
+
+@pytest.mark.parametrize("name", ["n", "night-2", "n" * 40])
+def test_other_names_are_taken(world: World, config: Path, name: str) -> None:
+    assert run("submit", "--name", name, *JOB[2:], config).exit_code == 0
+
+
 def jobset(restarts: int, *conditions: str) -> dict:
     told = [{"type": kind, "status": "True"} for kind in conditions]
     return {"status": {"restarts": restarts, "conditions": told}}

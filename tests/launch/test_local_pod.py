@@ -169,6 +169,13 @@ def test_signals_are_passed_on_once_and_nothing_is_started_again(number: int) ->
     assert told.count("seen 1") == 2 and "starting again" not in told
 
 
+def test_an_interrupt_is_not_told_as_an_error_of_a_process() -> None:
+    result, lines = run("print('last words'); time.sleep(0.5); sys.exit(130)")
+    assert as_exit_status(result.status) == 130
+    assert sorted(lines[:-1]) == ["[0] last words", "[1] last words"]
+    assert lines[-1].endswith("of 2: SIGINT")
+
+
 def test_leaving_a_pod_early_kills_it() -> None:
     with Pod([sys.executable, "-c", "import time; time.sleep(600)"], 2) as pod:
         assert [p.poll() for p in pod.processes] == [None, None]

@@ -5,11 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
 
-from launch import slurm
+from launch import gke, slurm, tpu_vm
 
 LAUNCH = Path(slurm.__file__).parent
 COMMANDS = ("tpu_vm", "gke", "slurm", "local_pod.py")
@@ -33,6 +34,14 @@ def test_there_is_shell_to_check() -> None:
 def test_shell_passes_shellcheck(path: Path) -> None:
     done = subprocess.run([shellcheck(), str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("launcher", [gke, slurm, tpu_vm], ids=lambda module: module.__name__)
+def test_help_shows_the_example_as_it_is_typed(launcher: ModuleType) -> None:
+    told = CliRunner().invoke(launcher.main, ["--help"]).output
+    example = [line for line in (launcher.__doc__ or "").splitlines() if line.startswith("    ")]
+    assert len(example) > 1
+    assert "\n".join(f"  {line}" for line in example) in told
 
 
 def test_a_batch_script_passes_shellcheck_whatever_the_flags(tmp_path: Path) -> None:

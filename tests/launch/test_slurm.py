@@ -111,6 +111,19 @@ def test_dry_run_shows_commands_and_calls_nothing(
     assert world.calls() == [] and sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("time", ["24h", "", "1:2:3:4", "2-", "-5", "1-2:3:4:5", "tomorrow"])
+def test_a_time_that_slurm_cannot_read_is_refused(world: World, config: Path, time: str) -> None:
+    done = run("submit", *JOB[:-1], time, config)
+    assert done.exit_code == 1 and f"Error: --time {time}: want MINUTES" in done.output
+    assert world.calls() == [] and not Path("logs").exists()
+
+
+@pytest.mark.parametrize("time", ["90", "90:00", "24:00:00", "2-12", "2-12:30", "2-12:30:00"])
+def test_a_time_that_slurm_can_read_is_passed_on(world: World, config: Path, time: str) -> None:
+    done = run("submit", *JOB[:-1], time, config, "--dry-run")
+    assert done.exit_code == 0 and f"#SBATCH --time={time}\n" in done.output
+
+
 def test_a_bad_config_is_refused_before_anything_is_queued(world: World, config: Path) -> None:
     done = run("submit", *JOB, config, "--training.stesp", "3")
     assert done.exit_code == 1 and "stesp" in done.output

@@ -52,6 +52,18 @@ def test_a_loop_that_ends_early_ends_its_trace(calls: list[str], tmp_path: Path)
     assert calls[-1] == "stop"
 
 
+@pytest.mark.parametrize(("last", "traced"), [(0, 0), (3, 2), (4, 3)])
+def test_steps_that_are_not_there_to_be_traced_are_told(
+    calls: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, last: int, traced: int
+) -> None:
+    with Profile(tmp_path, first_step=2, steps=3) as profile:
+        for step in range(1, last + 1):
+            profile.step(step)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == (traced < 3)
+    assert all(f"{traced} of 3 steps traced" in message for message in warned)
+
+
 def test_nothing_is_traced_unless_asked_for(calls: list[str], tmp_path: Path) -> None:
     with Profile(tmp_path, first_step=0, steps=0) as profile:
         profile.step(0)

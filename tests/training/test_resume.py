@@ -1,6 +1,7 @@
 """Runs that stop, are killed or change their archive: going on is as never having stopped."""
 
 import json
+import logging
 import os
 import random
 import signal
@@ -66,13 +67,25 @@ def test_resume_states_are_saved_by_the_clock_and_few_are_kept(make_config: Make
     assert sorted(int(path.name) for path in (folder / "resume").iterdir()) == [18, 19]
 
 
-def test_a_finished_run_is_left_as_it_is(make_config: Make) -> None:
+@pytest.mark.parametrize("stop_at", [None, 3])
+def test_a_finished_run_is_left_as_it_is_and_said_to_be_finished(
+    make_config: Make,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    stop_at: int | None,
+) -> None:
     config = make_config()
     first = train(config, show_progress=False)
     before = numbers(first.folder)
-    again = train(config, show_progress=False)
-    assert again.resumed_from == 20
+    caplog.set_level(logging.INFO, "pythia_jax")
+    caplog.clear()
+    capfd.readouterr()
+    again = train(config, stop_at=stop_at)
+    assert (again.step, again.resumed_from) == (20, 20)
     assert numbers(again.folder) == before
+    assert f"already trained to step 20: {again.folder}" in caplog.text
+    assert "resumed" not in caplog.text
+    assert "step/s" not in capfd.readouterr().err, "a progress bar of no step"
 
 
 def test_lines_beyond_the_restored_step_are_written_anew(make_config: Make) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,6 +229,16 @@ def test_what_computing_raised_is_raised_where_it_is_asked_for(make_config: Make
     with pytest.raises(FloatingPointError, match="on fire"), told(make_config()) as run:
         run.step(0, metrics(Loss(error="the device is on fire")), 0.0)
         run.step(1, metrics(), 0.0)
+
+
+def test_who_leaves_by_an_error_leaves_no_step_under_way(make_config: Make) -> None:
+    slow = Loss(0.5)
+    with pytest.raises(KeyboardInterrupt), told(make_config()) as run:
+        run.step(0, metrics(), 0.0)
+        run.step(1, metrics(slow), 0.0)
+        raise KeyboardInterrupt
+    assert time.perf_counter() >= slow.ready
+    assert not [thread for thread in threading.enumerate() if "metrics of" in thread.name]
 
 
 def test_only_process_0_writes_and_all_stop(

@@ -1,5 +1,8 @@
 """Runs: what they leave behind, where they may stop, and what stops them."""
 
+import logging
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -12,7 +15,7 @@ import pythia_jax as pj
 from pythia_jax import configs, data
 from pythia_jax.configs import ConfigError
 from pythia_jax.sharding import make_mesh
-from pythia_jax.training import trainer
+from pythia_jax.training import run_files, trainer
 from pythia_jax.training.feed import GlobalBatches
 from pythia_jax.training.step import init_state
 from pythia_jax.training.telemetry import NonFiniteError, read_metrics
@@ -47,10 +50,38 @@ def test_the_first_step_changes_nothing_and_the_second_does(make_config: Make) -
     assert not np.array_equal(one["embed_out"]["kernel"], two["embed_out"]["kernel"])
 
 
-def test_two_runs_in_one_folder_are_refused(make_config: Make) -> None:
+def test_two_runs_in_one_folder_are_refused(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make_config()
+    monkeypatch.setattr(run_files, "LOCK_SECONDS", 0.2)
     with run_folder(config), pytest.raises(RuntimeError, match="another process"):
         train(config, show_progress=False)
+
+
+def test_what_a_run_is_computed_on_is_told_once_nothing_refuses_it(
+    make_config: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pythia_jax")
+    train(make_config(), stop_at=1, show_progress=False)
+    devices, kernel = caplog.messages[:2]
+    assert devices.startswith(f"devices: {jax.device_count()}, in 1 processes")
+    assert kernel == "attention: xla (cpu, head size 16, float32)"
+    caplog.clear()
+    for changed in ({"training": {"steps": 7}}, {"model": {"vocab_size": 7}}):
+        with pytest.raises(ValueError):
+            train(make_config(**changed), show_progress=False)
+    assert caplog.messages == []
+
+
+def test_a_run_waits_for_the_process_before_it_to_be_gone(
+    make_config: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, before = make_config(), ExitStack()
+    before.enter_context(run_folder(config))
+    threading.Timer(0.5, before.close).start()
+    with caplog.at_level(logging.INFO, "pythia_jax"), run_folder(config):
+        assert caplog.text.count("waiting for the process that holds it") == 1
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing(
