@@ -191,14 +191,14 @@ def differences(a: Path, b: Path, steps: int) -> list[str]:
     """What differs between two finished runs: arrays of the final state, logged lines."""
     import jax
 
-    from pythia_jax.training.checkpoints import load_params
+    from pythia_jax.bridge import load
     from pythia_jax.training.stored import read_about
 
     found = []
     digests = [read_about(run / "checkpoints" / str(steps))["digests"] for run in (a, b)]
     found += [f"final {name}" for name in digests[0] if digests[0][name] != digests[1].get(name)]
     # Reading them compares the arrays with their digests, too.
-    trees = [load_params(r, configs.load(r / "config.yaml"), steps, np.float32)[1] for r in (a, b)]
+    trees = [load(run, step=steps).params for run in (a, b)]
     for x, y in zip(*map(jax.tree.leaves, trees), strict=True):
         if np.asarray(x).tobytes() != np.asarray(y).tobytes():
             found.append(f"a final parameter of shape {x.shape}")

@@ -47,6 +47,7 @@ __all__ = [
     "for_data",
     "from_dict",
     "load",
+    "overridden",
     "save",
     "to_dict",
 ]
@@ -423,15 +424,19 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> RunCon
     Raises `ConfigError` for anything that is wrong: with the file's name or, where an override
     made it so, with that one's, as the flag that it is on the command line.
     """
-    return _overridden(read_yaml(Path(path)), overrides or {}, str(path))
+    return overridden(read_yaml(Path(path)), overrides or {}, str(path))
 
 
 def for_data(prefix: str, overrides: Mapping[str, str] | None = None) -> RunConfig:
     """A config of defaults, Pythia's, whose training data is the dataset at `prefix`."""
-    return _overridden({"data": {"train": [prefix]}}, overrides or {}, prefix)
+    return overridden({"data": {"train": [prefix]}}, overrides or {}, prefix)
 
 
-def _overridden(mapping: dict[str, Any], overrides: Mapping[str, str], name: str) -> RunConfig:
+def overridden(mapping: dict[str, Any], overrides: Mapping[str, str], name: str) -> RunConfig:
+    """A `RunConfig` from plain values, some set anew by dotted keys; `name` is where they are from.
+
+    Raises `ConfigError` as `load` does.
+    """
     changed = copy.deepcopy(mapping)
     try:
         for key, text in overrides.items():

@@ -51,16 +51,14 @@ def load(folder: AnyPath, step: int | None = None, dtype: DTypeLike = jnp.float3
 
     Raises as `open_folder` does.
     """
-    failure = None
     for opened in _candidates(folder, step):
         try:
             return opened.model(dtype)
         except CheckpointError as error:
             if step is not None:
                 raise
-            failure = error
             log.warning("damaged, so not used, looking for an older one: %s", error)
-    raise CheckpointError(f"{folder}: every checkpoint in it is damaged") from failure
+    raise _all_damaged(folder)
 
 
 def _candidates(folder: AnyPath, step: int | None) -> Iterator[Opened]:
@@ -77,7 +75,7 @@ def _candidates(folder: AnyPath, step: int | None) -> Iterator[Opened]:
     if step is not None and step not in places:
         there = ", ".join(map(str, sorted(places)))
         raise FileNotFoundError(f"{folder}: no checkpoint of step {step}; there are {there}")
-    damaged = []
+    damaged = 0
     for number in sorted(places, reverse=True) if step is None else [step]:
         try:
             stored = StoredParams(places[number], config.model)
@@ -85,15 +83,18 @@ def _candidates(folder: AnyPath, step: int | None) -> Iterator[Opened]:
             if step is not None:
                 raise CheckpointError(str(error)) from error
             log.warning("damaged, so not used, looking for an older one: %s", error)
-            damaged.append(str(places[number]))
+            damaged += 1
             continue
         if step is None and number == 0 and CONVERTED not in stored.about:
             log.warning("%s: its newest checkpoint is of step 0, so nothing is trained yet", folder)
         yield _opened(folder, config, number, stored, tokenizer_files, data)
-    if len(damaged) == len(places):
-        raise CheckpointError(
-            f"{folder}: every checkpoint in it is damaged: {', '.join(sorted(damaged))}"
-        )
+    if damaged == len(places):
+        raise _all_damaged(folder)
+
+
+def _all_damaged(folder: AnyPath) -> CheckpointError:
+    steps = ", ".join(map(str, sorted(step_folders(folder))))
+    return CheckpointError(f"{folder}: every checkpoint in it is damaged: {steps}")
 
 
 def _opened(

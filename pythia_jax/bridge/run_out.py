@@ -123,7 +123,7 @@ def _place(opened: Opened, folder: Path, step: int) -> Iterator[Path]:
         return
     _check_same_model(opened, folder)
     try:
-        with locked(folder / ".lock", wait=False):
+        with locked(folder / ".lock", seconds=0):
             if step in step_folders(folder):
                 raise FileExistsError(
                     f"{folder} holds step {step} already; delete {folder / SCHEDULED / str(step)}, "

@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
+from pythia_jax.cli.bridge import convert, tell
 from pythia_jax.cli.data import data
-from pythia_jax.cli.options import CONFIG_HELP, DOTTED, load_config
+from pythia_jax.cli.options import CONFIG_HELP, DOTTED, dotted, load_config
 from pythia_jax.cli.plan import plan
 
 EXPECTED = (ValueError, OSError, IndexError, RuntimeError, MemoryError)
@@ -118,17 +119,43 @@ def suite() -> None:
     context_settings=DOTTED,
     help="Train CONFIG, or go on with it from its newest checkpoint." + CONFIG_HELP,
 )
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=click.Path(path_type=Path), required=False)
 @click.option("--stop-at", type=int, help="Leave at this step, everything saved to go on from it.")
 @click.option("--pod", is_flag=True, help="Be one of a run's processes (docs/pods.md).")
 @click.option("--profile", type=click.IntRange(min=0), default=0, help="Trace so many steps.")
+@click.option(
+    "--from", "model", help="Begin with these weights: a hub id, or a folder of any kind."
+)
+@click.option("--revision", help="With --from: of a model on the hub.  [default: that of --step]")
+@click.option("--step", type=int, help="With --from: where in data and schedule to begin.")
+@click.option(
+    "--optimizer-state",
+    help="With --from: checkpoint (of a run folder or GPT-NeoX's), rebuild:K (from the batches of "
+    "the last K steps) or zero.  [default: zero]",
+)
+@click.option(
+    "--from-neox",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A GPT-NeoX YAML file in place of CONFIG; may be repeated.",
+)
+@click.option("--gpus", type=int, help="With --from-neox: how many the run was on.")
+@click.option("--vocab-size", type=int, help="With --from-neox: of the tokenizer, unpadded.")
 @click.pass_context
-def train(ctx: click.Context, config: Path, stop_at: int | None, pod: bool, profile: int) -> None:
+def train(
+    ctx: click.Context,
+    config: Path | None,
+    stop_at: int | None,
+    pod: bool,
+    profile: int,
+    **given: Any,
+) -> None:
+    from pythia_jax.bridge.start import prepare
     from pythia_jax.training.pod import failing_at_once, is_first, join
     from pythia_jax.training.preemption import Preempted
     from pythia_jax.training.trainer import train
 
-    run = load_config(ctx, config)
+    run = _run_of(ctx, config, given)
     heartbeat = run.distributed.heartbeat_seconds
     if pod:
         join(heartbeat)
@@ -136,13 +163,42 @@ def train(ctx: click.Context, config: Path, stop_at: int | None, pod: bool, prof
             logging.getLogger("pythia_jax").setLevel(logging.WARNING)
     try:
         with failing_at_once(heartbeat, _tell) if pod else nullcontext():
-            result = train(run, stop_at=stop_at, profile_steps=profile)
+            run, initial = prepare(run)
+            result = train(run, initial=initial, stop_at=stop_at, profile_steps=profile)
     except Preempted as notice:
         click.echo(f"Stopped: {notice}", err=True)
         ctx.exit(START_AGAIN)
     if is_first():
         say = "checkpoint {} and metrics.jsonl, loss.png are in {}"
         click.echo(say.format(result.step, result.folder))
+
+
+_START = ("model", "revision", "step", "optimizer_state")
+"""Options of `train` that are keys of `initialize_from`."""
+
+
+def _run_of(ctx: click.Context, config: Path | None, given: dict[str, Any]) -> Any:
+    """The run that `train` is asked for: a CONFIG or GPT-NeoX's files, and where it begins."""
+    start = {key: str(given[key]) for key in _START if given[key] is not None}
+    if start and "model" not in start:
+        raise click.UsageError(f"--{next(iter(start)).replace('_', '-')} goes with --from MODEL")
+    overrides = {f"initialize_from.{key}": value for key, value in start.items()}
+    files, asked = given["from_neox"], {key: given[key] for key in ("gpus", "vocab_size")}
+    if not files:
+        for key, value in asked.items():
+            if value is not None:
+                raise click.UsageError(f"--{key.replace('_', '-')} goes with --from-neox FILE")
+        if config is None:
+            raise click.UsageError("Missing argument 'CONFIG'.")
+        return load_config(ctx, config, more=overrides)
+    from pythia_jax import configs
+    from pythia_jax.bridge import neox_config
+
+    # Click takes the first value of a dotted flag for CONFIG, where there is none.
+    flags = dotted([*(() if config is None else (str(config),)), *ctx.args])
+    read = neox_config.read(*files, **asked)
+    tell(read)
+    return configs.overridden(read.run, {**overrides, **flags}, str(files[-1]))
 
 
 def _tell(error: BaseException) -> None:
@@ -162,44 +218,21 @@ def _tell(error: BaseException) -> None:
 @click.option("--top-k", type=int)
 @click.option("--top-p", type=float)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--step", type=int, help="Checkpoint of a run folder.  [default: the newest]")
-def generate(model: str, prompt: str, step: int | None, **settings: Any) -> None:
-    """Continue PROMPT with MODEL, a Hugging Face folder or a run folder (gs:// too)."""
+@click.option("--revision", help="Of a model on the hub.  [default: main]")
+@click.option("--step", type=int, help="Checkpoint of a run folder, or revision stepN.")
+def generate(
+    model: str, prompt: str, revision: str | None, step: int | None, **settings: Any
+) -> None:
+    """Continue PROMPT with MODEL: a hub id (70m), or a folder of any kind (gs:// too)."""
     import pythia_jax as pj
 
-    loaded = pj.load(model, step=step)
+    loaded = pj.load(model, revision=revision, step=step)
     if loaded.tokenizer is None:
         raise click.ClickException(f"{model}: has no tokenizer, so a prompt cannot be read")
     (new,) = pj.generate(loaded, [prompt], **settings)
     click.echo(prompt + loaded.tokenizer.decode(new))
 
 
-@main.command()
-@click.argument("source", type=click.Path(path_type=str))
-@click.argument("target", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Choice(["hf"]), default="hf", show_default=True)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Of the weights written.  [default: as stored]",
-)
-@click.option("--max-shard-size", type=int, help="Bytes in a file, before another is begun.")
-@click.option("--step", type=int, help="Checkpoint of a run folder.  [default: the newest]")
-def convert(
-    source: str,
-    target: Path,
-    to: str,
-    dtype: str | None,
-    max_shard_size: int | None,
-    step: int | None,
-) -> None:
-    """Write SOURCE, a run folder (gs:// too) or a Hugging Face folder, to the folder TARGET."""
-    import pythia_jax as pj
-
-    model = pj.load(source, step=step)
-    pj.save_hf(model, target, dtype=dtype, max_shard_size=max_shard_size)
-    click.echo(f"{model.source} -> {target}")
-
-
+main.add_command(convert)
 main.add_command(data)
 main.add_command(plan)

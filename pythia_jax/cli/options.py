@@ -1,5 +1,6 @@
 """What commands share: a CONFIG argument with dotted flags that set any of its keys."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,17 @@ SPLIT = click.option(
 )
 
 
-def load_config(ctx: click.Context, config: str | Path, *, prefix_allowed: bool = False) -> Any:
+def load_config(
+    ctx: click.Context,
+    config: str | Path,
+    *,
+    more: Mapping[str, str] | None = None,
+    prefix_allowed: bool = False,
+) -> Any:
     """The run config of a command that takes dotted flags.
 
-    prefix_allowed: what does not end in .yaml or .yml is the prefix of a dataset, and the config
-        all defaults with it as `data.train`.
+    more: keys that options of the command set. prefix_allowed: what does not end in .yaml or .yml
+    is the prefix of a dataset, and the config all defaults with it as `data.train`.
     """
     from pythia_jax import configs
 
@@ -38,13 +45,13 @@ def load_config(ctx: click.Context, config: str | Path, *, prefix_allowed: bool 
         raise click.UsageError(
             f"CONFIG comes before its flags: {ctx.command_path} CONFIG {config} ..."
         )
-    overrides = _dotted(ctx.args)
+    overrides = {**(more or {}), **dotted(ctx.args)}
     if prefix_allowed and not str(config).endswith((".yaml", ".yml")):
         return configs.for_data(str(config), overrides)
     return configs.load(config, overrides)
 
 
-def _dotted(arguments: list[str]) -> dict[str, str]:
+def dotted(arguments: list[str]) -> dict[str, str]:
     """`--section.key value` and `--section.key=value` as a dict; anything else is an error."""
     overrides, rest = {}, list(arguments)
     while rest:

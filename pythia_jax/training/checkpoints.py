@@ -21,13 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.typing import DTypeLike
 
 from pythia_jax.configs import RunConfig
-from pythia_jax.model import parameters
-from pythia_jax.model.parameters import Params
 from pythia_jax.training import provenance
 from pythia_jax.training.agreement import all_say, from_first
 from pythia_jax.training.bucket import AnyPath, path_of
@@ -296,35 +292,6 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=folder_too)
 
 
-def load_params(
-    folder: AnyPath, config: RunConfig, step: int | None, dtype: DTypeLike
-) -> tuple[int, Params]:
-    """The parameters alone of a step of a run folder (the newest good one if None), in `dtype`.
-
-    Raises FileNotFoundError, naming the steps there are, for one that is not there, and
-    DamagedError for one that is not what was saved; the newest is passed over, with a warning, if
-    there are others.
-    """
-    folder = _absolute(folder)
-    places = {
-        int(path.name): path for kind in (RESUME, SCHEDULED) for path in steps_in(folder / kind)
-    }
-    if not places:
-        raise FileNotFoundError(f"{folder}: no checkpoint in it yet")
-    if step is not None and step not in places:
-        there = ", ".join(map(str, sorted(places)))
-        raise FileNotFoundError(f"{folder}: no checkpoint of step {step}; there are {there}")
-    if step is not None:
-        return step, _params_at(places[step], config, dtype)
-    for newest in sorted(places, reverse=True):
-        try:
-            return newest, _params_at(places[newest], config, dtype)
-        except DamagedError as error:
-            log.warning("damaged, so not used, looking for an older one: %s", error)
-    there = ", ".join(map(str, sorted(places)))
-    raise DamagedError(f"{folder}: every checkpoint in it is damaged: {there}")
-
-
 def step_folders(folder: AnyPath) -> dict[int, AnyPath]:
     """The steps that a run folder holds, and the folder of each; of two, one that stays."""
     folder = _absolute(folder)
@@ -344,22 +311,6 @@ def steps_in(folder: AnyPath) -> list[AnyPath]:
 def _absolute(folder: AnyPath) -> AnyPath:
     """As Orbax wants it."""
     return folder.absolute() if isinstance(folder, Path) else folder
-
-
-def _params_at(path: AnyPath, config: RunConfig, dtype: DTypeLike) -> Params:
-    """Restored one array at a time: only one is there in float32 beside those in `dtype`."""
-    assert config.model is not None
-    saved = read_about(path)["digests"]
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def restored(where: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        tree: Any = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-        for key in reversed(where):
-            tree = {key.key: tree}
-        found = read_state(path, {"params": tree}, saved)
-        return jax.tree.leaves(found)[0].astype(dtype)
-
-    return jax.tree.map_with_path(restored, parameters.abstract(config.model, jnp.float32))
 
 
 def _manager(folder: AnyPath, keep: int | None) -> ocp.CheckpointManager:

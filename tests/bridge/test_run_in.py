@@ -91,6 +91,19 @@ def test_run_that_names_no_tokenizer_has_none_and_is_not_warned_of(folder: Path,
     assert not caplog.records
 
 
+def test_a_run_that_has_trained_nothing_yet_is_warned_of_unless_asked_for(
+    folder: Path, caplog
+) -> None:
+    write_tokenizer(folder / "tokenizer.json", "own")
+    shutil.rmtree(folder / "checkpoints" / "1")
+    with caplog.at_level(logging.WARNING, logger="pythia_jax"):
+        pj.load(folder, step=0)
+        assert not caplog.records
+        pj.load(folder)
+    (record,) = caplog.records
+    assert "step 0, so nothing is trained" in record.getMessage()
+
+
 def test_float64_and_revision_of_a_run_are_refused_as_of_other_folders(folder: Path) -> None:
     with pytest.raises(ValueError, match="JAX_ENABLE_X64"):
         pj.load(folder, dtype="float64")

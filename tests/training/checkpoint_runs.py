@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from pythia_jax import sharding
+from pythia_jax import configs, sharding
+from pythia_jax.bridge import Model, run_in
 from pythia_jax.configs import RunConfig
 from pythia_jax.training.checkpoints import Checkpoints
 from pythia_jax.training.step import TrainState, abstract_state
@@ -51,6 +52,14 @@ def save_steps(config: RunConfig, *steps: int, resume: bool = False) -> dict[int
         for step, state in states.items():
             checkpoints.save(step, state, resume=resume)
     return states
+
+
+def load(config: RunConfig, step: int | None = None, dtype: Any = np.float32) -> Model:
+    """The parameters of a step of a run, the newest good one if None."""
+    folder = folder_of(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    configs.save(config, folder / "config.yaml")
+    return run_in.load(folder, step, dtype)
 
 
 def warnings(caplog: Any) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from checkpoint_runs import folder_of, like, opened, random_state, save_steps, warnings
+from checkpoint_runs import folder_of, like, load, opened, random_state, save_steps, warnings
 from small_runs import Make, assert_same_bits
 
+from pythia_jax.bridge import CheckpointError
 from pythia_jax.configs import RunConfig
-from pythia_jax.training.checkpoints import load_params
 from pythia_jax.training.stored import DamagedError, read_about, read_state
 
 Damage = Callable[[Path, random.Random], None]
@@ -144,17 +144,18 @@ def test_parameters_alone_are_checked_too(
     config = make_config()
     states = save_steps(config, 0, 1)
     folder = folder_of(config)
-    assert load_params(folder, config, None, jnp.bfloat16)[0] == 1
+    assert load(config, dtype=jnp.bfloat16).step == 1
     assert not warnings(caplog)
     damage_arrays(folder / "checkpoints" / "1")
-    with pytest.raises(DamagedError, match=rf"{folder}/checkpoints/1: "):
-        load_params(folder, config, 1, jnp.bfloat16)
-    step, params = load_params(folder, config, None, jnp.float32)
-    assert step == 0 and f"{folder}/checkpoints/1: " in warnings(caplog)
-    assert_same_bits(params, states[0].params)
+    with pytest.raises(CheckpointError, match=rf"{folder}/checkpoints/1: "):
+        load(config, 1, jnp.bfloat16)
+    found = load(config)
+    assert found.step == 0 and f"{folder}/checkpoints/1: " in warnings(caplog)
+    assert_same_bits(found.params, states[0].params)
     damage_arrays(folder / "checkpoints" / "0")
-    with pytest.raises(DamagedError, match=f"^{folder}: every checkpoint in it is damaged: 0, 1$"):
-        load_params(folder, config, None, jnp.float32)
+    both = f"^{folder}: every checkpoint in it is damaged: 0, 1$"
+    with pytest.raises(CheckpointError, match=both):
+        load(config)
     assert (folder / "checkpoints" / "1").is_dir(), "who only reads moves nothing"
 
 
@@ -174,8 +175,8 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(make_config: Mak
     save_steps(config, 0)
     folder = folder_of(config) / "checkpoints"
     shutil.copytree(folder / "0", folder / "5")
-    with pytest.raises(DamagedError, match="5: holds step 0, not what its name says"):
-        load_params(folder_of(config), config, 5, jnp.float32)
+    with pytest.raises(CheckpointError, match="5: holds step 0, not what its name says"):
+        load(config, 5)
 
 
 def test_rights_and_memory_are_no_damage(

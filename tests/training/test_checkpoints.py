@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_runs import folder_of, like, opened, random_state, save_steps
+from checkpoint_runs import folder_of, like, load, opened, random_state, save_steps
 from small_runs import Make, assert_same_bits
 
 from pythia_jax import configs
 from pythia_jax.configs import RunConfig
 from pythia_jax.training import checkpoints
-from pythia_jax.training.checkpoints import Checkpoints, load_params
+from pythia_jax.training.checkpoints import Checkpoints
 
 HERE = str(Path(__file__).parent)
 
@@ -141,7 +141,7 @@ def test_what_lies_beyond_the_restored_step_is_written_anew(make_config: Make) -
         assert found is not None and found[0] == 0
         run.save(0, found[1], resume=False)
         run.save(2, other, resume=False)
-    assert_same_bits(load_params(folder_of(config), config, 2, jnp.float32)[1], other.params)
+    assert_same_bits(load(config, 2).params, other.params)
 
 
 def test_a_save_before_the_newest_was_asked_for_is_refused(make_config: Make) -> None:
@@ -182,18 +182,18 @@ def test_another_runtime_is_told(make_config: Make, caplog: pytest.LogCaptureFix
 def test_parameters_alone_come_in_any_dtype(make_config: Make) -> None:
     config = make_config()
     params = save_steps(config, 0)[0].params
-    step, half = load_params(folder_of(config), config, None, jnp.bfloat16)
-    assert step == 0
-    assert_same_bits(half, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    half = load(config, dtype=jnp.bfloat16)
+    assert half.step == 0
+    assert_same_bits(half.params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
 
 
 def test_a_step_that_is_not_there_is_told_with_those_that_are(make_config: Make) -> None:
     config = make_config()
     with pytest.raises(FileNotFoundError, match="no checkpoint in it yet"):
-        load_params(folder_of(config), config, None, jnp.float32)
+        load(config)
     save_steps(config, 0, 2)
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 1; there are 0, 2"):
-        load_params(folder_of(config), config, 1, jnp.float32)
+        load(config, 1)
 
 
 def test_the_arrays_may_be_given_up_once_save_has_returned(make_config: Make) -> None:
@@ -211,18 +211,18 @@ def test_the_arrays_may_be_given_up_once_save_has_returned(make_config: Make) ->
             run.save(i, state, resume=False)
             state = step(state)
     for i in range(6):  # raises where the arrays are not those that were digested
-        load_params(folder_of(config), config, i, jnp.float32)
+        load(config, i)
 
 
 ON_MESHES = """
 import dataclasses, sys
 sys.path.insert(0, sys.argv[2])
 import jax, numpy as np
-from checkpoint_runs import folder_of, like, random_state
+from checkpoint_runs import folder_of, like, load, random_state
 from small_runs import assert_same_bits
 from pythia_jax import configs
 from pythia_jax.configs import MeshConfig
-from pythia_jax.training.checkpoints import Checkpoints, load_params
+from pythia_jax.training.checkpoints import Checkpoints
 
 config = configs.load(sys.argv[1])
 def on(data, fsdp, tensor):
@@ -245,7 +245,7 @@ for sizes in [(1, 8, 1), (4, 1, 1), (1, 2, 2), (1, 1, 2), (1, 1, 1)]:
     assert_same_bits(found, state)
     for x, want in zip(jax.tree.leaves(found), jax.tree.leaves(shape), strict=True):
         assert x.sharding == want.sharding and x.dtype == want.dtype
-assert_same_bits(load_params(folder_of(config), config, 0, np.float32)[1], state.params)
+assert_same_bits(load(config, 0).params, state.params)
 print("equal on all")
 """
 
