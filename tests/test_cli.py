@@ -5,6 +5,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from command_line import refused, run
@@ -80,6 +81,63 @@ def test_train_stop_go_on_generate_and_convert(config: Path, tmp_path: Path) -> 
     assert run("generate", tmp_path / "hf", "the q").exit_code == 0
 
 
+def test_any_kind_of_checkpoint_is_converted_to_any_other(config: Path, tmp_path: Path) -> None:
+    assert run("train", config, "--stop-at", 1).exit_code == 0
+    road = [("hf", "hf"), ("neox", "neox"), ("orbax", "orbax"), ("hf", "back")]
+    source = tmp_path / "run"
+    for kind, name in road:
+        done = run("convert", source, tmp_path / name, "--to", kind)
+        assert done.exit_code == 0, done.output
+        source = tmp_path / name
+    for file in ("model.safetensors", "config.json"):
+        there, back = (tmp_path / name / file for name in ("hf", "back"))
+        assert there.read_bytes() == back.read_bytes()
+
+
+def test_a_run_begins_with_other_weights(config: Path, tmp_path: Path) -> None:
+    assert run("train", config).exit_code == 0
+    began = run("train", config, "--from", tmp_path / "run", "--step", 1, "--optimizer-state",
+                "checkpoint", "--checkpoint.directory", tmp_path / "more")  # fmt: skip
+    assert began.exit_code == 0, began.output
+    saved = configs.load(tmp_path / "more" / "config.yaml").initialize_from
+    assert saved is not None and (saved.step, saved.optimizer_state) == (1, "checkpoint")
+    first, second = (pj.load(tmp_path / name, step=6).params for name in ("run", "more"))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert np.array_equal(a, b)
+
+
+NEOX = """
+{
+  "num-layers": 2, "hidden-size": 32, "num_attention_heads": 2, "seq-length": 32,
+  "max-position-embeddings": 32, "pos-emb": "rotary", "rotary-pct": 0.5, "no-weight-tying": true,
+  "gpt-j-residual": true, "bias-gelu-fusion": true, "hidden-dropout": 0, "attention-dropout": 0,
+  "optimizer": {"type": "Adam", "params": {"lr": 0.001, "betas": [0.9, 0.95], "eps": 1.0e-8}},
+  "min_lr": 0.0001, "weight-decay": 0.1, "gradient_clipping": 1.0, "lr-decay-style": "cosine",
+  "warmup": 0.01, "fp16": {"enabled": true, "loss_scale": 0, "initial_scale_power": 12},
+  "train_micro_batch_size_per_gpu": 4, "train-iters": 6, "lr-decay-iters": 6,
+  "make_vocab_size_divisible_by": 28, "data-path": "CORPUS", "split": "100,0,0",
+  "eval-interval": 100, "eval-iters": 0, "partition_activations": true, "synchronize-each-layer": true,
+}
+"""
+
+
+def test_a_gpt_neox_file_is_a_config_and_trains(config: Path, tmp_path: Path) -> None:
+    file = tmp_path / "neox.yml"
+    file.write_text(NEOX.replace("CORPUS", str(tmp_path / "corpus")))
+    known = ("--gpus", 1, "--vocab-size", 28)
+    made = run("convert", "--neox-config", file, tmp_path / "ours.yaml", *known)
+    assert made.exit_code == 0, made.output
+    ours = configs.load(tmp_path / "ours.yaml")
+    assert ours.model is not None and ours.model.vocab_size == 28
+    assert (ours.training.steps, ours.training.batch_size) == (6, 4)
+    trained = run("train", "--from-neox", file, *known, "--training.steps", 2,
+                  "--checkpoint.directory", tmp_path / "neox")  # fmt: skip
+    assert trained.exit_code == 0, trained.output
+    saved = configs.load(tmp_path / "neox" / "config.yaml")
+    assert saved.model == ours.model and saved.training.steps == 2
+    assert saved.training.precision == "float16"
+
+
 def test_dotted_flags_set_any_key(config: Path, tmp_path: Path) -> None:
     result = run("train", config, "--training.steps", 2, "--optimizer.peak-learning-rate=2e-3",
                  "--checkpoint.directory", tmp_path / "other")  # fmt: skip
@@ -143,6 +201,17 @@ def test_a_dump_broken_off_half_way_leaves_nothing(config: Path, tmp_path: Path)
         (["train", "--training.steps", "3", "CONFIG"], "train CONFIG --training.steps ..."),
         (["train", "--name=x", "CONFIG"], "CONFIG comes before its flags"),
         (["train", "CONFIG", "--tokenizer", "gone.json"], "there is no file gone.json"),
+        (["train", "CONFIG", "--step", "3"], "--step goes with --from MODEL"),
+        (["train", "CONFIG", "--gpus", "3"], "--gpus goes with --from-neox FILE"),
+        (["train"], "Missing argument 'CONFIG'"),
+        (["train", "CONFIG", "--from", "x/y/z"], "x/y/z: there is no such folder"),
+        (["train", "CONFIG", "--from", "x", "--optimizer-state", "rebuild"], "rebuild:K"),
+        (["convert", "absent", "out"], "absent: there is no such folder"),
+        (["convert", "CONFIG"], "name the folder to write"),
+        (["convert", "a", "b", "--revisions", "all"], "--push-to ORG/NAME"),
+        (["convert", "a", "b", "--neox-config", "c"], "one path is enough"),
+        (["convert", "a", "--push-to", "b/c", "--revisions", "1,x"], "0,1000,2000"),
+        (["convert", "a", "--push-to", "b/c", "--to", "neox"], "what --to hf writes"),
         (["generate", "absent", "x"], "absent: there is no such folder"),
         (["data", "batches", "CONFIG", "--start", "4", "--stop", "9", "--out", "x.npy"], "0 to 6"),
         (
