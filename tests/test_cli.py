@@ -116,7 +116,8 @@ NEOX = """
   "warmup": 0.01, "fp16": {"enabled": true, "loss_scale": 0, "initial_scale_power": 12},
   "train_micro_batch_size_per_gpu": 4, "train-iters": 6, "lr-decay-iters": 6,
   "make_vocab_size_divisible_by": 28, "data-path": "CORPUS", "split": "100,0,0",
-  "eval-interval": 100, "eval-iters": 0, "partition_activations": true, "synchronize-each-layer": true,
+  "eval-interval": 100, "eval-iters": 0, "partition_activations": true,
+  "synchronize-each-layer": true,
 }
 """
 
