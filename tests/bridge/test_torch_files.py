@@ -262,7 +262,9 @@ def test_storages_lie_on_multiples_of_64_bytes(tmp_path):
         assert (at + 30 + name + extra) % 64 == 0
 
 
-@pytest.mark.parametrize("bad", [object(), np.array(["a"]), {"a": b"bytes"}], ids=str)
+@pytest.mark.parametrize(
+    "bad", [object(), np.array(["a"]), {"a": b"bytes"}], ids=["object", "text", "bytes"]
+)
 def test_what_torch_cannot_hold_is_refused_and_leaves_no_file(tmp_path, bad):
     with pytest.raises(TypeError, match="cannot be saved for torch"):
         save_torch(tmp_path / "x.pt", [1, bad])
