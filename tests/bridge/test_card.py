@@ -20,7 +20,7 @@ from pythia_jax.model import parameters
 RUN = RunConfig(
     name="my-run",
     model=replace(TINY, hidden_act="gelu_pytorch_tanh"),
-    data=DataConfig(sequence_length=32, seed=77),
+    data=DataConfig(("/home/me/pile_text_document", "code"), sequence_length=32, seed=77),
     training=TrainingConfig(steps=500, batch_size=16, precision="float32"),
     optimizer=OptimizerConfig(peak_learning_rate=3e-4, min_learning_rate=1e-5),
 )
@@ -89,6 +89,7 @@ def test_card_of_a_run_has_its_facts():
     assert found["AdamW's betas"] == "0.9, 0.95"
     assert found["Schedule"] == "neox_v1"
     assert found["Seed of the order"] == "77"
+    assert found["Files"] == "pile_text_document, code"
     assert found["Hash of the data, train"] == "abc123"
     assert found["Version of jax"] == "0.10.2"
     assert "It was trained with the same." in text

@@ -75,6 +75,13 @@ def test_what_is_nothing_is_told_with_all_that_was_looked_for(tmp_path: Path) ->
             assert kind in str(told.value)
 
 
+def test_what_is_not_known_of_a_folder_stays_so_when_its_step_is_named(tmp_path: Path) -> None:
+    hf = write_theirs(tmp_path / "hf")
+    convert(hf, tmp_path / "run", to="orbax", show_progress=False)
+    assert convert(tmp_path / "run", tmp_path / "back", step=0, show_progress=False).step is None
+    assert "| Training step | unknown |" in (tmp_path / "back" / "README.md").read_text()
+
+
 def test_arguments_that_mean_nothing_are_refused_before_anything_is_written(
     tmp_path: Path,
 ) -> None:
@@ -85,6 +92,10 @@ def test_arguments_that_mean_nothing_are_refused_before_anything_is_written(
         convert(hf, out, to="orbax", max_shard_size=10**6)
     with pytest.raises(ValueError, match="model_parallel is of conversions to neox"):
         convert(hf, out, model_parallel=2)
+    with pytest.raises(ValueError, match="model_parallel 0"):
+        convert(hf, out, to="neox", model_parallel=0)
+    with pytest.raises(ValueError, match="one of hf, orbax, neox"):
+        convert(hf, out, to="safetensors")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="revision means nothing"):
         convert(hf, out, to="orbax", revision="step3")
     with pytest.raises(ValueError, match="step means nothing"):

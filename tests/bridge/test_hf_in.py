@@ -86,7 +86,9 @@ def test_loaded_config_keeps_the_activation_it_names(folder):
         ({"use_parallel_residual": "no"}, "use_parallel_residual: 'no'"),
         ({"rotary_pct": 0.2}, r"rotary_pct: 0\.2"),
         ({"rope_parameters": "none"}, "rope_parameters"),
-        ({"rotary_emb_base": 10**400}, "too large"),
+        ({"rotary_emb_base": 10**400, "rope_parameters": None}, "too large"),
+        ({"rotary_emb_base": 500}, r"rotary_emb_base: 500, but rope_theta .* 10000"),
+        ({"partial_rotary_factor": 0.5}, r"rotary_pct: 0\.25, but .* 0\.5"),
         ({"rotary_emb_base": [1]}, "rotary_emb_base"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps"),
         ({"hidden_act": ["gelu"]}, "hidden_act"),
@@ -171,10 +173,13 @@ def test_transposed_kernel_is_an_error_and_not_turned_round(folder):
         pj.load(folder)
 
 
-def test_many_missing_tensors_are_counted(folder):
+def test_many_missing_tensors_are_all_named(folder):
     change_config(folder, num_hidden_layers=5)
-    with pytest.raises(CheckpointError, match=r"missing: .* and 16 more"):
+    with pytest.raises(CheckpointError) as error:
         pj.load(folder)
+    config = replace(TINY, num_hidden_layers=5)
+    names = [name for p in TABLE if p.stacked for name in p.hf_names(config)[3:]]
+    assert len(names) == 24 and all(name in str(error.value) for name in names)
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.bool])
@@ -218,8 +223,26 @@ def test_index_that_promises_what_a_shard_lacks_is_an_error(tmp_path):
     index = json.loads(path.read_text())
     index["weight_map"]["gpt_neox.more"] = next(iter(index["weight_map"].values()))
     path.write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"promises gpt_neox\.more"):
+    with pytest.raises(CheckpointError, match=r"promises what is not in it: gpt_neox\.more"):
         pj.load(folder)
+
+
+def test_surplus_tensor_of_a_shard_that_the_index_is_silent_of_is_named(tmp_path):
+    folder = write_theirs(tmp_path / "sharded", max_shard_size="40KB")
+    path = sorted(folder.glob("*.safetensors"))[1]
+    save_file({**load_file(path), "gpt_neox.more": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match=r"surplus: gpt_neox\.more"):
+        pj.load(folder)
+
+
+def test_index_may_promise_old_buffers_that_are_gone(tmp_path):
+    folder = write_theirs(tmp_path / "sharded", max_shard_size="40KB")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    some = next(iter(index["weight_map"].values()))
+    index["weight_map"]["gpt_neox.layers.0.attention.masked_bias"] = some
+    path.write_text(json.dumps(index))
+    hf_in.open_folder(folder)
 
 
 @pytest.mark.parametrize(

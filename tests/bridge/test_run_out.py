@@ -104,8 +104,9 @@ def test_a_conversion_that_fails_leaves_nothing_under_the_name_of_the_step(
     if first:
         assert not list(tmp_path.iterdir())
         return
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
     assert run_in.open_folder(run).step == 1
-    run_out.save(given, run, step=5)  # what was left is no hindrance
+    run_out.save(given, run, step=5)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["1", "5"]
 
 
