@@ -204,6 +204,7 @@ def test_a_dump_broken_off_half_way_leaves_nothing(config: Path, tmp_path: Path)
         (["train", "CONFIG", "--tokenizer", "gone.json"], "there is no file gone.json"),
         (["train", "CONFIG", "--step", "3"], "--step goes with --from MODEL"),
         (["train", "CONFIG", "--gpus", "3"], "--gpus goes with --from-neox FILE"),
+        (["train", "CONFIG", "--from-neox", "x.yml"], "give one of them"),
         (["train"], "Missing argument 'CONFIG'"),
         (["train", "CONFIG", "--from", "x/y/z"], "x/y/z: there is no such folder"),
         (["train", "CONFIG", "--from", "x", "--optimizer-state", "rebuild"], "rebuild:K"),
@@ -213,6 +214,13 @@ def test_a_dump_broken_off_half_way_leaves_nothing(config: Path, tmp_path: Path)
         (["convert", "a", "b", "--neox-config", "c"], "one path is enough"),
         (["convert", "a", "--push-to", "b/c", "--revisions", "1,x"], "0,1000,2000"),
         (["convert", "a", "--push-to", "b/c", "--to", "neox"], "what --to hf writes"),
+        (["convert", "a", "--push-to", "b"], "give ORG/NAME"),
+        (
+            ["convert", "a", "--push-to", "b/c", "--revisions", "all", "--model-parallel", "0"],
+            "--model-parallel would mean nothing",
+        ),
+        (["convert", "a", "b", "--gpus", "0"], "--gpus would mean nothing"),
+        (["convert", "a", "--neox-config", "c", "--dtype", "float16"], "--dtype would mean"),
         (["generate", "absent", "x"], "absent: there is no such folder"),
         (["data", "batches", "CONFIG", "--start", "4", "--stop", "9", "--out", "x.npy"], "0 to 6"),
         (

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pythia_jax.bridge import hf_out, run_in
+from pythia_jax.bridge import hf_config, hf_out, run_in
 from pythia_jax.bridge.convert import open_any
 from pythia_jax.bridge.model import Model, dtype_name
 from pythia_jax.bridge.opened import CheckpointError, Opened, from_model
@@ -44,10 +44,15 @@ def load(
     """
     _check_dtype(dtype)
     plain = revision is None and config is None
-    if plain and (is_url(path_or_id) or run_in.is_run_folder(Path(path_or_id))):
+    if plain and (is_url(path_or_id) or _is_run(Path(path_or_id))):
         return run_in.load(path_of(path_or_id), step, dtype)
     opened = open_any(path_or_id, revision=revision, step=step, config=config, cache_dir=cache_dir)
     return opened.model(dtype)
+
+
+def _is_run(folder: Path) -> bool:
+    # In the order of open_any.
+    return run_in.is_run_folder(folder) and not hf_config.is_hf_folder(folder)
 
 
 def _check_dtype(dtype: DTypeLike) -> None:

@@ -12,6 +12,7 @@ What is not there is said to be unknown, or left out; nothing is guessed.
 
 import re
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 from pythia_jax import suite
@@ -83,6 +84,8 @@ def published_facts(name: str) -> dict[str, Any]:
     """
     entry, run = suite.lookup(name), suite.hub_id(name).rpartition("/")[2]
     deduped = run.endswith("-deduped")
+    # Which of two it ran in is not recorded (`suite.SUITE["1b"].known_faults`).
+    precision = None if run == "pythia-1b-deduped" else entry.precision
     optimizer = OptimizerConfig(entry.peak_learning_rate, entry.min_learning_rate)
     return {
         "name": run,
@@ -92,9 +95,9 @@ def published_facts(name: str) -> dict[str, Any]:
         "data.sequence_length": suite.SEQUENCE_LENGTH,
         "training.steps": suite.TOTAL_STEPS,
         "training.batch_size": suite.BATCH_SIZE,
-        "training.precision": entry.precision,
+        "training.precision": precision,
         "model.hidden_act": "gelu_pytorch_tanh",
-        "model.rotary_precision": entry.precision,
+        "model.rotary_precision": precision,
         **{f"optimizer.{key}": value for key, value in vars(optimizer).items()},
     }
 
@@ -150,6 +153,9 @@ def _data(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
     known = "unknown" if deduplicated is None else "yes" if deduplicated else "no"
     rows = [("Corpus", facts.get("corpus") or facts.get("dataset") or "unknown")]
     rows.append(("Deduplicated", known))
+    if facts.get("data.train"):
+        # Their names alone: where they lay is nobody's business.
+        rows.append(("Files", [PurePath(path).name for path in facts["data.train"]]))
     rows += [(label, facts[key]) for label, key in _DATA if facts.get(key) is not None]
     return rows + _prefixed(facts, "hash.", "Hash of the data, {}")
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -68,7 +68,10 @@ def open_any(
     if folder.exists() or not hub.is_hub_name(name):
         raise FileNotFoundError(_nothing(folder))
     _refuse(name, "a model on the hub", config=config)
-    found = hub.fetch(name, revision=revision, step=step, cache_dir=cache_dir)
+    try:
+        found = hub.fetch(name, revision=revision, step=step, cache_dir=cache_dir)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise type(error)(f"{error}. There is no folder {name} here either") from error
     return _from_hub(hf_in.open_folder(found), hub.hub_id(name), revision, step)
 
 
@@ -100,9 +103,11 @@ def _from_hub(opened: Opened, repo: str, revision: str | None, step: int | None)
     if repo.startswith("EleutherAI/"):
         with suppress(ValueError):  # EleutherAI has other models too
             facts = card.published_facts(repo)
-    if facts:
-        known = at.removeprefix("step") if at != "main" else str(suite.TOTAL_STEPS)
-        step = int(known) if known.isdecimal() else None
+    known = hub.STEP.fullmatch(at)
+    if known is not None:
+        step = int(known[1])
+    elif facts and at == "main":
+        step = suite.TOTAL_STEPS
     return dataclasses.replace(opened, source=f"{repo} {at}", step=step, facts=facts)
 
 
@@ -167,6 +172,8 @@ def convert(
         "as_pythia": as_pythia or None,
         "model_parallel": model_parallel,
     }
+    if to not in get_args(Kind):
+        raise ValueError(f"to={to!r} is not one of {', '.join(get_args(Kind))}")
     for name, kind in _ONLY.items():
         if given[name] is not None and kind != to:
             raise ValueError(f"{name} is of conversions to {kind}, and this is one to {to}")
@@ -174,12 +181,16 @@ def convert(
     if is_url(target):
         raise ValueError(f"{target}: conversions are written to folders of this machine")
     _check_apart(source, folder)
-    place = step
-    if to != "hf" and not is_url(source) and hf_config.is_hf_folder(Path(source)):
-        step = None
-    opened = open_any(source, revision=revision, step=step, config=config, cache_dir=cache_dir)
-    if place is not None:
-        opened = dataclasses.replace(opened, step=place)
+    told = to != "hf" and not is_url(source) and hf_config.is_hf_folder(Path(source))
+    opened = open_any(
+        source,
+        revision=revision,
+        step=None if told else step,
+        config=config,
+        cache_dir=cache_dir,
+    )
+    if told:
+        opened = dataclasses.replace(opened, step=step)
     with _shown(opened, show_progress) as shown:
         if to == "hf":
             hf_out.save(
@@ -190,7 +201,8 @@ def convert(
                 as_pythia=bool(as_pythia),
             )
         elif to == "neox":
-            neox_out.save(shown, folder, dtype=dtype, model_parallel=model_parallel or 1)
+            ranks = 1 if model_parallel is None else model_parallel
+            neox_out.save(shown, folder, dtype=dtype, model_parallel=ranks)
         else:
             run_out.save(shown, folder, dtype=dtype)
     return opened

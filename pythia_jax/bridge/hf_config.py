@@ -57,13 +57,18 @@ def read_config(folder: Path) -> ModelConfig:
     if kind != "default":
         raise ConfigError(f"{path}: rotary scaling {kind!r} is not supported")
 
-    def first(*candidates: Any) -> Any:
-        return next((value for value in candidates if value is not None), None)
+    def one(old: str, new: str) -> Any:
+        told = [v for v in (raw.get(old), rope.get(new), raw.get(new)) if v is not None]
+        if any(value != told[0] for value in told):
+            # transformers 4 goes by the old one, transformers 5 by the nested one.
+            raise ConfigError(
+                f"{path}: {old}: {told[0]!r}, but {new} is another: "
+                f"{', '.join(repr(value) for value in told[1:])}; make them agree"
+            )
+        return told[0] if told else None
 
-    rotary_pct = first(
-        raw.get("rotary_pct"), rope.get("partial_rotary_factor"), raw.get("partial_rotary_factor")
-    )
-    base = first(raw.get("rotary_emb_base"), rope.get("rope_theta"), raw.get("rope_theta"))
+    rotary_pct = one("rotary_pct", "partial_rotary_factor")
+    base = one("rotary_emb_base", "rope_theta")
     fields = {name: raw[name] for name in COPIED if name in raw}
     fields["hidden_act"] = raw.get("hidden_act", "gelu")
     if rotary_pct is not None:

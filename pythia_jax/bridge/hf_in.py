@@ -7,7 +7,7 @@ mapped: mapped pages would count as memory in use.
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,10 +112,10 @@ def _indexed(index: Path) -> dict[Path, list[str] | None]:
 def _collect(tensors: dict[str, _Tensor], path: Path, names: list[str] | None) -> None:
     """Add the tensors of one file, under the names that the table of parameters has for them."""
     stored = _torch_tensors(path) if path.suffix == ".bin" else _safetensors(path)
-    absent = sorted(set(names or ()) - stored.keys())
+    absent = sorted(name for name in set(names or ()) - stored.keys() if not _BUFFER.search(name))
     if absent:
-        raise CheckpointError(f"{path}: the index promises {absent[0]}, which is not in it")
-    for name in sorted(names or stored):
+        raise CheckpointError(f"{path}: the index promises what is not in it: {', '.join(absent)}")
+    for name in sorted(stored):
         known = _canonical(name)
         if _BUFFER.search(name):
             continue
@@ -190,7 +190,7 @@ def _check(folder: Path, config: ModelConfig, tensors: dict[str, _Tensor]) -> No
         ("surplus", tensors.keys() - expected.keys()),
     ):
         if names:
-            problems.append(f"{label}: {_some(names)}")
+            problems.append(f"{label}: {', '.join(sorted(names))}")
     for name in sorted(expected.keys() & tensors.keys()):
         tensor = tensors[name]
         if tensor.shape != expected[name]:
@@ -201,9 +201,3 @@ def _check(folder: Path, config: ModelConfig, tensors: dict[str, _Tensor]) -> No
         raise CheckpointError(
             f"{folder}: the weights do not fit config.json: {'; '.join(problems)}"
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    shown = sorted(names)
-    more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
-    return f"{', '.join(shown[:8])}{more}"

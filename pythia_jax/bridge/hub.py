@@ -22,9 +22,10 @@ log = logging.getLogger(__name__)
 
 SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
 TORCH = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_STEP = re.compile(r"step(\d+)")
+_WEIGHTS = (SAFETENSORS[0], TORCH[0])
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+STEP = re.compile(r"step(\d+)")
+"""Name of the branch of a step."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -40,12 +41,12 @@ def is_hub_name(name: str) -> bool:
 def hub_id(name: str) -> str:
     """ORG/NAME of a model; names of the suite, old ones too, are known without ORG.
 
-    Raises ValueError, for a name without ORG with the nearest model of the suite.
+    Raises ValueError, for a name without ORG with the sizes that there are.
     """
     try:
         return suite.hub_id(name)
     except ValueError:
-        if _ID.fullmatch(name):
+        if NAME.fullmatch(name):
             return name
         raise
 
@@ -73,15 +74,14 @@ def fetch(
         if revision is not None:
             raise ValueError(f"{repo}: both revision {revision!r} and step {step}; drop one")
         revision = f"step{step}"
-    known = _STEP.fullmatch(revision or "")
+    known = STEP.fullmatch(revision or "")
     if known is not None:
         _check_step(repo, int(known[1]))
-    with _explained(repo, revision, cache_dir):
-        folder = _download(repo, revision, cache_dir)
     fault = None if known is None else suite.bad_revision(repo, int(known[1]))
     if fault is not None:
         log.warning("%s %s: %s", repo, revision, fault)
-    return folder
+    with _explained(repo, revision, cache_dir):
+        return _download(repo, revision, cache_dir)
 
 
 def revisions(name: str) -> list[int]:
@@ -93,8 +93,8 @@ def revisions(name: str) -> list[int]:
                 f"{repo}: which steps there are is known to the hub alone, which is not asked "
                 "(HF_HUB_OFFLINE) or cannot be reached; name the steps"
             )
-        branches = _library().HfApi().list_repo_refs(repo).branches
-    found = [_STEP.fullmatch(branch.name) for branch in branches]
+        branches = library().HfApi().list_repo_refs(repo).branches
+    found = [STEP.fullmatch(branch.name) for branch in branches]
     return sorted(int(match[1]) for match in found if match is not None)
 
 
@@ -154,7 +154,7 @@ def _warn_of_duplicates(
         seen.setdefault(sha, (step, file))
     for earlier in sorted(set(before.values())):
         files = [file for file, of in before.items() if of == earlier]
-        if {step, earlier} == {0, 1}:
+        if {step, earlier} == {0, 1} and len(files) == len(digests):
             why = "as in all of Pythia: the first update has learning rate 0 (pythia#83)"
             log.warning("%s: step0 and step1 hold the same weights, %s", repo, why)
         elif len(files) == len(digests):
@@ -177,7 +177,8 @@ def _check_step(repo: str, step: int) -> None:
         raise ValueError(f"{repo}: there is no checkpoint of step {step}; the nearest are {near}")
 
 
-def _library() -> Any:
+def library() -> Any:
+    """huggingface_hub; RuntimeError says how to get it where it is not there."""
     try:
         import huggingface_hub
     except ImportError:
@@ -188,12 +189,12 @@ def _library() -> Any:
 
 
 def _download(repo: str, revision: str | None, cache_dir: str | Path | None) -> Path:
-    library = _library()
+    hub = library()
     online = _reachable(repo, revision)
 
     def snapshot(revision: str | None, *patterns: str) -> Path:
         return Path(
-            library.snapshot_download(
+            hub.snapshot_download(
                 repo,
                 revision=revision,
                 cache_dir=cache_dir,
@@ -223,9 +224,9 @@ def _reachable(repo: str, revision: str | None) -> bool:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-    api = _library().HfApi()
+    api = library().HfApi()
     try:
-        api.model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        api.model_info(repo, revision=revision or "main", timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except OfflineModeIsEnabled:
         return False
     except HfHubHTTPError as error:
@@ -244,7 +245,7 @@ def _reachable(repo: str, revision: str | None) -> bool:
 @contextmanager
 def _explained(repo: str, revision: str | None, cache_dir: str | Path | None) -> Iterator[None]:
     """What the library raises, in one line that says what to do."""
-    _library()
+    library()
     from huggingface_hub import constants, errors
 
     at = "" if revision is None else f" at revision {revision}"
@@ -261,7 +262,7 @@ def _explained(repo: str, revision: str | None, cache_dir: str | Path | None) ->
             "read it was sent (`hf auth login`, or set HF_TOKEN)"
         ) from None
     except errors.RevisionNotFoundError:
-        raise FileNotFoundError(f"{repo}: the hub has no revision {revision}") from None
+        raise FileNotFoundError(f"{repo}: the hub has no revision {revision or 'main'}") from None
     except errors.LocalEntryNotFoundError as error:
         offline = constants.HF_HUB_OFFLINE
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"

@@ -128,6 +128,9 @@ def _names(rank: _Rank, count: int, order: list[str], decayed: dict[str, bool]) 
     `param_shapes`, where there is that; later DeepSpeed writes it group by group.
     """
     shapes = rank.shapes
+    groups = shapes if isinstance(shapes, list | tuple) else [shapes or {}]
+    if not all(isinstance(group, Mapping) for group in groups):
+        raise CheckpointError(f"{rank.where}: param_shapes does not name the parameters")
     if isinstance(shapes, list | tuple):
         names = [[known_name(name) for name in group] for group in shapes]
         listed = list(itertools.chain(*names))
@@ -182,6 +185,10 @@ def _zero(
                 f"{found.path}: written by {said[0]} data-parallel ranks, and {data} have a file"
             )
         groups: list[Mapping[str, Pieces]] = []
+        if len({len(part) for part in locals_}) > 1:
+            raise CheckpointError(
+                f"{found.path}: data-parallel ranks differ in their number of parameter groups"
+            )
         for parts in zip(*locals_, strict=True):
             groups.append(
                 {
@@ -202,7 +209,7 @@ def _zero(
                 f"{count // found.model_parallel} parts cannot be told apart"
             )
         ranks.append(_Rank(str(paths[0]), groups, shapes))
-        about = about or _said_of(states[0])
+        about = about or _said_of(paths[0], states[0])
     return ranks, about
 
 
@@ -278,7 +285,12 @@ def _without_zero(found: NeoxFolder) -> tuple[list[_Rank], dict[str, Any]]:
             raise CheckpointError(f"{path}: holds no optimizer state")
         base = state.get("optimizer_state_dict", state)
         masters = state.get("fp32_groups_flat", state.get("fp32_groups"))
-        if not isinstance(base, dict) or not isinstance(base.get("param_groups"), list):
+        count = len(masters) if isinstance(masters, list) else None if masters is None else -1
+        if (
+            not isinstance(base, dict)
+            or not isinstance(base.get("param_groups"), list)
+            or count not in (None, len(base["param_groups"]))
+        ):
             raise CheckpointError(
                 f"{path}: an optimizer state of a form that is not known (its "
                 f"keys: {', '.join(sorted(map(str, state)))})"
@@ -287,14 +299,14 @@ def _without_zero(found: NeoxFolder) -> tuple[list[_Rank], dict[str, Any]]:
         for group in range(len(base["param_groups"])):
             moments = _moments(path, base, group)
             pieces = {kind: _tensors(path, [m.get(kind) for m in moments]) for kind in KINDS[1:]}
-            if isinstance(masters, list) and group < len(masters):
+            if masters is not None:
                 pieces["fp32"] = _tensors(path, masters[group])
             groups.append(pieces)
         if masters is None:
             _add_weights(path, found, number, groups)
         runs = [{kind: Pieces(pieces[kind]) for kind in KINDS} for pieces in groups]
         ranks.append(_Rank(str(path), list(runs), None))
-        about = about or _said_of(state)
+        about = about or _said_of(path, state)
     return ranks, about
 
 
@@ -304,6 +316,8 @@ def _add_weights(
     """Without float32 copies, in a run that was float32 itself, the weights are what is trained."""
     names = list(found.tensors)
     one = {name: name.endswith("bias") or "norm" in name for name in names}
+    if len(groups) > 2:
+        raise CheckpointError(f"{path}: an optimizer state in {len(groups)} parameter groups")
     if len(groups) == 2:
         split = [[n for n in names if not one[n]], [n for n in names if one[n]]]
     else:
@@ -312,7 +326,7 @@ def _add_weights(
         pieces["fp32"] = _tensors(path, [found.tensors[name][rank] for name in members])
 
 
-def _said_of(state: Any) -> dict[str, Any]:
+def _said_of(path: Path, state: Any) -> dict[str, Any]:
     """Adam's counter (`step`) and the loss scaler's numbers, as far as a state tells them."""
     base = state.get("base_optimizer_state", state.get("optimizer_state_dict", state))
     items: list[Any] = []
@@ -323,14 +337,20 @@ def _said_of(state: Any) -> dict[str, Any]:
     counts = set()
     for item in items:
         count = item.get("step") if isinstance(item, dict) else None
-        if isinstance(count, TorchTensor):
-            count = count.read().reshape(-1)[0]
-        if count is not None:
+        if isinstance(count, TorchTensor) and count.size == 1:
+            count = count.read().item()
+        if isinstance(count, int | float):
             counts.add(int(count))
+        elif count is not None:
+            raise CheckpointError(f"{path}: Adam's counter is a {type(count).__name__}")
     if len(counts) > 1:
-        raise CheckpointError(f"Adam's counters differ between parameters: {sorted(counts)}")
+        raise CheckpointError(f"{path}: Adam's counters differ: {sorted(counts)}")
     scaler = state.get("loss_scaler")
     scaler = scaler.state if isinstance(scaler, Unknown) else state
     scaler = scaler if isinstance(scaler, dict) else {}
     names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-    return {"step": counts.pop() if counts else None, **{n: scaler.get(n) for n in names}}
+    return {
+        "step": counts.pop() if counts else None,
+        "dynamic": state.get("dynamic_loss_scale") is not False,
+        **{n: scaler.get(n) for n in names},
+    }

@@ -336,6 +336,14 @@ def check(found: NeoxFolder, config: ModelConfig) -> None:
                 problems.append(f"{of} has shape {part.shape}, the config wants {wanted}")
             if part.dtype.name not in _FLOATS:
                 problems.append(f"{of} holds {part.dtype}, not floats")
+    args = found.client.get("args")
+    heads = args.get("num_attention_heads") if isinstance(args, dict) else None
+    if heads is not None and heads != config.num_attention_heads:
+        # No shape tells them.
+        problems.append(
+            f"it was trained with {heads} attention heads (args in mp_rank_00_model_states.pt), "
+            f"the config has {config.num_attention_heads}"
+        )
     if problems:
         raise CheckpointError(
             f"{found.path}: the weights do not fit the config: {'; '.join(problems)}"

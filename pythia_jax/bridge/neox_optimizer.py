@@ -57,6 +57,7 @@ def train_state(folder: Path, config: RunConfig) -> TrainState:
     assert config.model is not None
     found = look_into(folder)
     check(found, config.model)
+    _compare_multiple(found, config)
     groups, about = groups_of(found, config.model)
     trees = {}
     for kind in KINDS:
@@ -99,6 +100,24 @@ def train_state(folder: Path, config: RunConfig) -> TrainState:
         loss_scale=scale,
         halted=scalar(False, like.halted, places.halted),
     )
+
+
+def _compare_multiple(found: NeoxFolder, config: RunConfig) -> None:
+    """Tell where row-parallel biases will not move as far as they did in the run."""
+    assert config.model is not None
+    there = found.model_parallel if config.model.use_parallel_residual else 1
+    here = config.optimizer.row_parallel_bias_multiple
+    if here != there:
+        log.warning(
+            "%s was trained by %d model-parallel ranks, whose row-parallel biases move %d times as "
+            "far as one; here it is optimizer.row_parallel_bias_multiple: %d. Set it to %d to go "
+            "on as there",
+            found.path,
+            found.model_parallel,
+            there,
+            here,
+            there,
+        )
 
 
 def _read(
@@ -146,8 +165,8 @@ def _adam_count(config: RunConfig, about: dict[str, Any], step: int, updates: in
 def _loss_scale(about: dict[str, Any], step: int) -> LossScale:
     """float16's scale. DeeperSpeed's own count of steps may have begun later than the run."""
     begun = loss_scale.initial(step)
-    if about["cur_scale"] is None:
-        log.warning("the checkpoint tells no loss scale: it begins anew")
+    if about["cur_scale"] is None or not about["dynamic"]:
+        log.warning("the checkpoint tells no dynamic loss scale: it begins anew")
         return begun
     last = begun.last_overflow
     if about["cur_iter"] is not None and about["last_overflow_iter"] is not None:

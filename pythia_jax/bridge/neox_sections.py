@@ -109,7 +109,7 @@ def _check_attention(notes: Notes, layers: int) -> None:
                 continue
             pattern, times = item
             kinds += pattern * (layers // len(pattern) if times == "all" else times)
-    except (TypeError, ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError, MemoryError):
         notes.refuse("attention_config", 'it should be as in [[["flash"], 6]]')
         return
     other = sorted({str(kind) for kind in kinds if kind not in ("global", "flash")})
@@ -306,7 +306,8 @@ def optimizer(notes: Notes, precision: str) -> dict[str, Any]:
         "bias_correction_ahead": precision != "float32",
         "weight_decay": s.number("weight_decay", 0.01),
         "gradient_clip": _clip(notes),
-        "row_parallel_bias_multiple": _model_parallel(s),
+        # Without the parallel residual the bias is added once, after the ranks' sum.
+        "row_parallel_bias_multiple": _model_parallel(s) if s.flag("gpt_j_residual", False) else 1,
     }
     return section if decay_steps == steps else {**section, "decay_steps": decay_steps}
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from pythia_jax.bridge import hf_out, run_in
+from pythia_jax.bridge import hf_out, hub, run_in
 from pythia_jax.bridge.opened import Opened
 from pythia_jax.model.parameters import TABLE
 from pythia_jax.training.bucket import AnyPath
@@ -26,14 +26,8 @@ from pythia_jax.training.checkpoints import SCHEDULED, step_folders
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _KEY = re.compile(r"pythia_jax export ([0-9a-f]{64})")
-_WEIGHTS = [
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model.bin.index.json",
-]
+_WEIGHTS = [*hub.SAFETENSORS, *hub.TORCH]
 """Files on the hub that must go when others are uploaded: a stale one would be loaded instead."""
 _SAMPLE = ("final_layer_norm/scale", "final_layer_norm/bias", "layers/attention/dense/kernel")
 """Parameters whose first layer tells the weights of two checkpoints apart."""
@@ -49,11 +43,11 @@ def push(folder: Path, repo: str, *, revision: str | None = None, private: bool 
     PermissionError without a token that may write there, ConnectionError where the hub cannot be
     reached, RuntimeError without huggingface_hub.
     """
-    _check_name(repo)
+    check_name(repo)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no exported model to push (no config.json)")
     with _explained(repo):
-        api = _api()
+        api = hub.library().HfApi()
         api.create_repo(repo, private=private or None, exist_ok=True)
         branch = revision or "main"
         if branch != "main":
@@ -81,13 +75,17 @@ def push_run(
     there = step_folders(folder)
     if revisions == "all":
         steps = sorted(step for step, path in there.items() if path.parent.name == SCHEDULED)
+        if not steps:
+            raise FileNotFoundError(
+                f"{folder}: there is no run folder with checkpoints that are kept, to push them all"
+            )
     else:
         steps = sorted({int(step) for step in revisions})
         missing = [str(step) for step in steps if step not in there]
         if missing:
             raise FileNotFoundError(
                 f"{folder}: no checkpoint of step {', '.join(missing)}; "
-                f"there are {', '.join(map(str, sorted(there)))}"
+                f"there are {', '.join(map(str, sorted(there))) or 'none'}"
             )
     return push_steps(
         lambda step: run_in.open_folder(folder, step),
@@ -118,13 +116,13 @@ def push_steps(
 
     Returns the branches that were written. Raises as `push` and `hf_out.save` do.
     """
-    _check_name(repo)
+    check_name(repo)
     if not steps:
         raise ValueError(f"{repo}: no step to push")
     how = {"dtype": dtype, "max_shard_size": max_shard_size, "as_pythia": as_pythia}
     written = []
     with _explained(repo):
-        api = _api()
+        api = hub.library().HfApi()
         api.create_repo(repo, private=private or None, exist_ok=True)
         there = {branch.name for branch in api.list_repo_refs(repo).branches}
         wanted = [(f"step{step}", step) for step in sorted(steps)]
@@ -147,19 +145,10 @@ def push_steps(
     return written
 
 
-def _check_name(repo: str) -> None:
-    if not _NAME.fullmatch(repo):
+def check_name(repo: str) -> None:
+    """Raises ValueError for what is no ORG/NAME."""
+    if not hub.NAME.fullmatch(repo):
         raise ValueError(f"{repo!r} is no name for a model on the hub; give ORG/NAME")
-
-
-def _api() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise RuntimeError(
-            "pushing to the Hugging Face hub takes huggingface_hub: pip install 'pythia-jax[hf]'"
-        ) from None
-    return huggingface_hub.HfApi()
 
 
 def _make_branch(api: Any, repo: str, branch: str) -> None:
@@ -212,7 +201,7 @@ def _key_on_hub(api: Any, repo: str, branch: str) -> str | None:
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
     """What the library raises, in one line that says what to do."""
-    _api()
+    hub.library()
     from huggingface_hub import errors
 
     try:

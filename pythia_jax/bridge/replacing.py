@@ -8,7 +8,7 @@ import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -19,8 +19,9 @@ def replacing(folder: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
     ours: whether a folder that holds something may be deleted to make room. It may raise
         FileExistsError itself, to tell what in it is in the way. Empty folders are not asked about.
 
-    If the block fails, `folder` is as it was. One left between two moves by a process that was
-    killed is put back first, and what such processes left half-written is cleared.
+    If the block fails, `folder` is as it was, and folders made for it are gone. One left between
+    two moves by a process that was killed is put back first, and what such processes left
+    half-written is cleared.
 
     Raises FileExistsError if something that is not ours lies at `folder`, and ValueError if we
     stand in it.
@@ -28,6 +29,7 @@ def replacing(folder: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
     folder = folder.resolve()
     if Path.cwd().is_relative_to(folder):
         raise ValueError(f"{folder} is the current folder, which cannot be replaced; name another")
+    made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     whole = interrupted(folder)
     if whole is not None:
@@ -44,6 +46,9 @@ def replacing(folder: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
         _swap(partial, folder, ours)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # somebody else may have put something there
+            for parent in made:
+                parent.rmdir()
         raise
 
 

@@ -5,7 +5,7 @@ config of the model, the tokenizer and where it all came from. More steps of the
 beside those that are there.
 """
 
-import dataclasses
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +65,7 @@ def save(
             "facts": _plain(opened.facts),
         },
     }
-    with _place(opened, folder, step) as place:
+    with _place(config, folder, step) as place:
         save_params(
             place / SCHEDULED,
             step,
@@ -114,14 +114,14 @@ def _run_config(opened: Opened, folder: Path) -> RunConfig:
 
 
 @contextmanager
-def _place(opened: Opened, folder: Path, step: int) -> Iterator[Path]:
+def _place(config: RunConfig, folder: Path, step: int) -> Iterator[Path]:
     """Where to write: a new folder, which takes its name at the end, or one that is there."""
     folder = folder.absolute()
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         with replacing(folder, lambda _: False) as partial:
             yield partial
         return
-    _check_same_model(opened, folder)
+    _check_same_model(config, folder)
     try:
         with locked(folder / ".lock", seconds=0):
             if step in step_folders(folder):
@@ -129,24 +129,32 @@ def _place(opened: Opened, folder: Path, step: int) -> Iterator[Path]:
                     f"{folder} holds step {step} already; delete {folder / SCHEDULED / str(step)}, "
                     "or choose another step or folder"
                 )
-            yield folder
+            try:
+                yield folder
+            except BaseException:
+                for begun in (folder / SCHEDULED).glob(f"{step}.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(begun, ignore_errors=True)
+                raise
     except BlockingIOError:
         raise RuntimeError(f"{folder}: another process is writing to this folder") from None
 
 
-def _check_same_model(opened: Opened, folder: Path) -> None:
+def _check_same_model(config: RunConfig, folder: Path) -> None:
     try:
-        model = configs.load(folder / "config.yaml").model
+        there = configs.load(folder / "config.yaml")
         steps = step_folders(folder).values()
-        converted = all(CONVERTED in read_about(path) for path in steps)
+        # Where there is no step, training may be about to save its first.
+        converted = (
+            all(CONVERTED in read_about(path) for path in steps) if steps else there == config
+        )
     except (OSError, ConfigError, DamagedError):
-        model, converted = None, False
-    if model is None or not converted:
+        there, converted = None, False
+    if there is None or there.model is None or not converted:
         raise FileExistsError(
             f"{folder} holds something else than converted checkpoints; choose another place"
         )
-    if model != opened.config:
-        ours, theirs = dataclasses.asdict(opened.config), dataclasses.asdict(model)
+    if there.model != config.model:
+        ours, theirs = vars(config.model), vars(there.model)
         differing = ", ".join(f"{k} {theirs[k]!r}" for k in ours if ours[k] != theirs[k])
         raise FileExistsError(
             f"{folder} holds steps of another model ({differing}); choose another place"

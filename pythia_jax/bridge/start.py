@@ -21,6 +21,7 @@ from pythia_jax.bridge import convert, hf_config, neox_optimizer, run_in
 from pythia_jax.bridge.opened import Opened
 from pythia_jax.configs import ConfigError, InitializeConfig, ModelConfig, RunConfig
 from pythia_jax.data.storage import is_url
+from pythia_jax.recipe import fill_in
 from pythia_jax.training import loss_scale
 from pythia_jax.training.bucket import AnyPath, Bucket, path_of
 from pythia_jax.training.checkpoints import RESUME, SCHEDULED, step_folders, steps_in
@@ -36,6 +37,9 @@ FREE = ("initializer", "max_position_embeddings")
 """Of a model's config, what may differ from the source's: neither is a fact of its weights."""
 TOLD = ("hidden_act", "rotary_precision")
 """What may differ, with a warning: the weights fit, and the function is another."""
+
+_DOUBLED = re.compile(r"EleutherAI/pythia-(160m|410m|1\.4b)(-deduped)?-v0")
+"""Of the suite's first version, the models whose step N is `step2N` on the hub."""
 
 
 def prepare(config: RunConfig, *, show_progress: bool = True) -> tuple[RunConfig, Initial | None]:
@@ -74,6 +78,8 @@ def _prepared(
                 f"run goes on where its state is, and that of {opened.source} is of step "
                 f"{opened.step}. Leave step out, or {CHOICES}"
             )
+    if config.model is None:
+        _tell_of_recipe(config, opened)
     filled = dataclasses.replace(
         config,
         model=_model(config.model, opened),
@@ -98,6 +104,8 @@ def _open(config: RunConfig, source: InitializeConfig) -> tuple[Opened, Initial 
         return opened, partial(_continued, found) if there else None
     # A folder of one checkpoint has no step to choose, a model on the hub has revisions.
     step = None if path.is_dir() or source.revision is not None else source.step
+    if step is not None and _DOUBLED.fullmatch(name):
+        return convert.open_any(name, revision=f"step{2 * step}"), None
     return convert.open_any(name, revision=source.revision, step=step), None
 
 
@@ -222,6 +230,24 @@ def _model(wanted: ModelConfig | None, opened: Opened) -> ModelConfig:
             "Leave model out of the config to take the source's"
         )
     return wanted
+
+
+def _tell_of_recipe(config: RunConfig, opened: Opened) -> None:
+    """Tell what the recipe would have set for a model that the config did not know it had."""
+    model = dataclasses.asdict(opened.config)
+    values = fill_in({"recipe": config.recipe, "model": model}).get("optimizer", {})
+    differing = [
+        f"{key} {value} (here {getattr(config.optimizer, key)})"
+        for key, value in values.items()
+        if getattr(config.optimizer, key) != value
+    ]
+    if differing:
+        log.warning(
+            "%s has the shape of one of the suite's models, which were trained otherwise than this "
+            "run's optimizer says: %s. With model.size in the config they are set",
+            opened.source,
+            ", ".join(differing),
+        )
 
 
 def _as_begun(config: RunConfig) -> RunConfig:

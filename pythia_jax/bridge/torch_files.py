@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from pythia_jax.bridge.opened import CheckpointError
-from pythia_jax.bridge.torch_pickle import PLAIN_GLOBALS, Inert, Unknown
+from pythia_jax.bridge.torch_pickle import PLAIN_GLOBALS, Inert, Unknown, may_stand_for
 from pythia_jax.files import written_whole
 
 STORAGES: dict[str, np.dtype] = {
@@ -112,7 +112,8 @@ def open_torch(path: str | os.PathLike[str], *, ignore_unknown: bool = False) ->
     """The tree that a file of `torch.save` holds, each tensor of it a `TorchTensor`, unread.
 
     No code from the file runs. ignore_unknown: objects of classes that are not known become
-    `Unknown`, which does nothing; else they are refused.
+    `Unknown`, which does nothing; else they are refused, as are always functions of Python's own
+    library, which no file of weights has a use for.
 
     Raises CheckpointError for what is no zip file of torch's, is damaged, or names what is not
     known, and FileNotFoundError.
@@ -212,6 +213,8 @@ def _rebuild_tensor(
     """`torch._utils._rebuild_tensor_v2` and, with a dtype at the fourth place of rest, `_v3`."""
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
+    if any(isinstance(item, dict) and (item.get("conj") or item.get("neg")) for item in rest):
+        raise pickle.UnpicklingError("a tensor to be conjugated or negated as it is read")
     dtype = rest[2].run if len(rest) > 2 and isinstance(rest[2], Inert) else storage.dtype
     numbers = (start, *shape, *strides)
     if not isinstance(dtype, np.dtype) or not all(isinstance(n, int) and n >= 0 for n in numbers):
@@ -247,7 +250,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in _KNOWN:
             return _KNOWN[module, name]
         known = f"{module}.{name}"
-        if self._ignore_unknown:
+        if self._ignore_unknown and may_stand_for(module, name):
             return type("Unknown", (Unknown,), {"global_name": known})
         raise CheckpointError(
             f"{self._archive.path}: refused: its pickle names {known}, which is no part of a file "

@@ -5,7 +5,9 @@ of weights need stand for objects that cannot be changed, and those that are cal
 numbers, arrays and containers.
 """
 
+import builtins
 import pickle
+import sys
 from collections import OrderedDict
 from typing import Any
 
@@ -66,6 +68,26 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes encoded as {encoding}")
     return text.encode("latin1")
+
+
+def may_stand_for(module: str, name: str) -> bool:
+    """Whether an `Unknown` may stand for a global: of Python's own library for plain types only.
+
+    A checkpoint holds objects of the program that wrote it; one that names `os.system` is hostile.
+    """
+    if module in ("builtins", "__builtin__"):
+        # Protocol 2 writes some names as Python 2 had them.
+        old = name in ("long", "unicode", "xrange")
+        return old or isinstance(getattr(builtins, name, None), type)
+    root = module.partition(".")[0]
+    return root in _DATA_MODULES or root not in sys.stdlib_module_names
+
+
+_DATA_MODULES = (
+    *("argparse", "collections", "copyreg", "datetime", "decimal", "enum"),
+    *("fractions", "functools", "pathlib", "random", "types", "uuid"),
+)
+"""Of Python's library, those whose classes hold settings and the like."""
 
 
 class Unknown:

@@ -194,7 +194,9 @@ def _run_of(ctx: click.Context, config: Path | None, given: dict[str, Any]) -> A
     from pythia_jax import configs
     from pythia_jax.bridge import neox_config
 
-    # Click takes the first value of a dotted flag for CONFIG, where there is none.
+    # Click takes a dotted flag for CONFIG, where there is none.
+    if config is not None and not str(config).startswith("-"):
+        raise click.UsageError(f"CONFIG ({config}) and --from-neox FILE: give one of them")
     flags = dotted([*(() if config is None else (str(config),)), *ctx.args])
     read = neox_config.read(*files, **asked)
     tell(read)

@@ -66,8 +66,10 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
     if files:
         if target is not None:
             raise click.UsageError("convert --neox-config FILE.yml OUT.yaml: one path is enough")
+        _refuse({**options, "to": None}, "--neox-config converts a config alone")
         _convert_config(files, Path(source), asked)
         return
+    _refuse(asked, "without --neox-config")
     push = {name: options.pop(name) for name in ("push_to", "revisions", "private")}
     if push["push_to"]:
         _push(source, target, push, options)
@@ -85,12 +87,13 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
 def _push(source: str, target: Path | None, how: dict[str, Any], options: dict[str, Any]) -> None:
     """Upload one checkpoint to main, or many of a run to branches of their own."""
     from pythia_jax.bridge.convert import convert
-    from pythia_jax.bridge.push import push, push_run
+    from pythia_jax.bridge.push import check_name, push, push_run
     from pythia_jax.training.bucket import path_of
 
     if options["to"] != "hf":
         raise click.UsageError("--push-to uploads what --to hf writes")
     repo, private = how["push_to"], how["private"]
+    check_name(repo)  # before anything is converted
     if how["revisions"] is None:
         with ExitStack() as stack:
             if target is None:
@@ -102,9 +105,21 @@ def _push(source: str, target: Path | None, how: dict[str, Any], options: dict[s
     if target is not None or options["step"] is not None or options["revision"] is not None:
         raise click.UsageError("with --revisions there is no TARGET, --step or --revision")
     steps = how["revisions"] if how["revisions"] == "all" else _steps(how["revisions"])
+    _refuse({"model_parallel": options["model_parallel"]}, "--push-to uploads what --to hf writes")
     settings = {name: options[name] for name in ("dtype", "max_shard_size", "as_pythia")}
     written = push_run(path_of(source), repo, revisions=steps, private=private, **settings)
     click.echo(f"{len(written)} branches of {repo} were written: {', '.join(written) or 'none'}")
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """Options that would be passed over."""
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name, value in options.items()
+        if value is not None and value is not False
+    ]
+    if given:
+        raise click.UsageError(f"{why}: {', '.join(given)} would mean nothing")
 
 
 def _steps(text: str) -> list[int]:

@@ -183,6 +183,13 @@ def test_published_runs_are_known(name, run, deduplicated, dataset):
     )
 
 
+def test_precision_that_is_not_recorded_is_not_guessed():
+    assert card.published_facts("1b")["training.precision"] == "bfloat16"
+    facts = card.published_facts("1b-deduped")
+    text = card.text(replace(opened(), facts=facts), config_json(TINY, "float16", 0), None)
+    assert "Precision of the computation" not in text and "in training, unknown" in text
+
+
 def test_text_of_facts_cannot_get_out_of_its_place():
     text = written(opened(name="a | b\n## c <script>", corpus="x | y\n| z | w |"))
     assert "# a \\| b ## c \\<script>\n" in text

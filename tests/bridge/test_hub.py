@@ -84,7 +84,7 @@ def test_names_that_are_no_models_are_told_from_those_that_may_be():
     assert hub.is_hub_name("someone/model.v2")
     for name in ("runs", "a/b/c", "./model", "/70m/x", "~/model", "", "71m"):
         assert not hub.is_hub_name(name)
-    with pytest.raises(ValueError, match="nearest is 'pythia-70m'"):
+    with pytest.raises(ValueError, match="The sizes are 14m, 31m, 70m"):
         hub.fetch("71m")
 
 
@@ -368,14 +368,17 @@ def test_duplicate_weights_are_warned_about_with_both_names(links, server, caplo
 
 
 def test_shard_of_another_step_is_warned_about(server, caplog):
-    for step, first in ((512, b"a"), (1000, b"a"), (2000, b"b")):
+    for step, first in ((0, b"c"), (1, b"c"), (512, b"a"), (1000, b"a"), (2000, b"b")):
         shards = {
             f"model-0000{i}-of-00002.safetensors": first if i == 1 else b"%d" % step for i in (1, 2)
         }
         server.add(RUN, f"step{step}", {**SMALL, **shards})
-    list(hub.iterate("70m", (512, 1000, 2000)))
+    list(hub.iterate("70m", (0, 1, 512, 1000, 2000)))
     told = [record.getMessage() for record in caplog.records if record.name == hub.log.name]
-    assert told == [f"{RUN}: of step1000, model-00001-of-00002.safetensors is that of step512"]
+    assert told == [
+        f"{RUN}: of step{later}, model-00001-of-00002.safetensors is that of step{earlier}"
+        for later, earlier in ((1, 0), (1000, 512))
+    ]
 
 
 def test_known_bad_revisions_are_warned_about_by_name(server, caplog):
@@ -386,6 +389,13 @@ def test_known_bad_revisions_are_warned_about_by_name(server, caplog):
     hub.fetch("2.8b", revision="step65000")
     (record,) = caplog.records
     assert record.getMessage().startswith("EleutherAI/pythia-2.8b step65000: holds weights from")
+
+
+def test_what_is_wrong_with_a_revision_is_told_even_if_it_cannot_be_had(server, caplog):
+    server.add("EleutherAI/pythia-410m-seed9", "step40000", dict(SMALL))
+    with pytest.raises(FileNotFoundError, match="step40000 has no weights"):
+        hub.fetch("EleutherAI/pythia-410m-seed9", step=40_000)
+    assert "pythia#202" in caplog.text
 
 
 def test_fetched_model_loads(server, theirs):

@@ -8,6 +8,7 @@ import pytest
 from reference import TINY
 
 import pythia_jax as pj
+from pythia_jax.bridge import open_any
 
 
 def test_nothing_there_and_something_else_there_are_told_apart(tmp_path):
@@ -32,6 +33,12 @@ def test_folder_goes_before_a_model_of_its_name(theirs, tmp_path, monkeypatch):
     shutil.copytree(theirs, tmp_path / "70m")
     monkeypatch.chdir(tmp_path)
     assert pj.load("70m", cache_dir=tmp_path / "cache").config == TINY
+
+
+def test_folder_of_two_kinds_is_the_same_to_load_and_to_convert(theirs, tmp_path):
+    both = shutil.copytree(theirs, tmp_path / "both")
+    (both / "config.yaml").write_text("name: run")
+    assert pj.load(both).config == open_any(both).config == TINY
 
 
 def test_revision_of_a_folder_is_an_error(theirs):

@@ -211,6 +211,8 @@ def test_defaults_of_gpt_neox_hold_where_a_key_is_left_out(write):
          "model", "vocab_size", 50_432),
         ({"model-parallel-size": 2, "gas": 2, "gradient_accumulation_steps": 2},
          "optimizer", "row_parallel_bias_multiple", 2),
+        ({"model-parallel-size": 2, "gas": 2, "gradient_accumulation_steps": 2,
+          "gpt-j-residual": False}, "optimizer", "row_parallel_bias_multiple", 1),
         ({"tokenizer-type": "GPT2BPETokenizer", "vocab-file": "a/gpt2-vocab.json"},
          "model", "vocab_size", 50_304),
         ({"fp16": {"enabled": True, "type": "bfloat16"}}, "training", "precision", "bfloat16"),

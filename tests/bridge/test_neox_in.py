@@ -118,6 +118,10 @@ def test_a_config_can_be_passed_where_there_is_none(folder, params):
     with pytest.raises(ConfigError, match=r"no GPT-NeoX YAML.*rotary-pct.*pass the model's config"):
         open_folder(folder)
     same(open_folder(folder, CONFIG), params, jnp.float16)
+    # Heads are in no shape; the checkpoint's own arguments tell them.
+    other = dataclasses.replace(CONFIG, num_attention_heads=2)
+    with pytest.raises(CheckpointError, match=r"with 4 attention heads .* config has 2"):
+        open_folder(folder, other)
 
 
 def test_a_yaml_file_of_another_run_is_refused(folder):
@@ -184,9 +188,14 @@ def test_code_in_a_file_of_weights_does_not_run(folder, tmp_path):
         def __reduce__(self):
             return open, (str(tmp_path / "made"), "w")
 
-    torch.save({"word_embeddings.weight": Bomb()}, folder / "layer_00-model_00-model_states.pt")
-    with pytest.raises(CheckpointError, match=r"layer_00-model_00.*refused"):
-        open_folder(folder)
+    weights = folder / "layer_00-model_00-model_states.pt"
+    client = folder / "mp_rank_00_model_states.pt"
+    for path, key in ((weights, "word_embeddings.weight"), (client, "args")):
+        whole = path.read_bytes()
+        torch.save({key: Bomb()}, path)
+        with pytest.raises(CheckpointError, match=rf"{path.name}.*refused"):
+            open_folder(folder)
+        path.write_bytes(whole)
     assert not (tmp_path / "made").exists()
 
 

@@ -154,6 +154,35 @@ def test_without_zero_the_state_lies_beside_the_weights(tmp_path, ran, form, seq
     assert_same_state(train_state(tmp_path, run_config()), before)
 
 
+def fewer_masters(state):
+    state["fp32_groups_flat"] = state["fp32_groups_flat"][:1]
+
+
+def three_groups(state):
+    state["optimizer_state_dict"]["param_groups"] *= 2
+    del state["fp32_groups_flat"]
+
+
+def counter_of_text(state):
+    state["optimizer_state_dict"]["param_groups"][0]["step"] = "7"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (fewer_masters, "form that is not known"),
+        (three_groups, "in 4 parameter groups"),
+        (counter_of_text, "Adam's counter is a str"),
+    ],
+)
+def test_a_state_beside_the_weights_that_is_no_such_is_refused(tmp_path, ran, change, told):
+    state = stage_0(ran[0], "flat")
+    change(state)
+    weights(tmp_path, ran[0], dtype=torch.bfloat16, optimizer=state)
+    with pytest.raises(CheckpointError, match=rf"mp_rank_00_model_states\.pt: .*{told}"):
+        train_state(tmp_path, run_config())
+
+
 def test_half_weights_alone_are_no_masters(tmp_path, ran):
     weights(tmp_path, ran[0], optimizer=stage_0(ran[0], "torch"))
     with pytest.raises(CheckpointError, match=r"where float32 numbers .* there is float16"):
@@ -245,6 +274,22 @@ def test_the_loss_scale_goes_on_too(tmp_path, ran):
     assert train_state(folder, run_config("bfloat16")).loss_scale is None
 
 
+def test_a_scale_that_never_moved_is_none_to_go_on_from(tmp_path, ran):
+    """bfloat16's, of 1, from which float16 would take thousands of steps to get away."""
+    weights(tmp_path, ran[0], dtype=torch.bfloat16, optimizer=stage_0(ran[0], "flat"))
+    scale = train_state(tmp_path, run_config("float16")).loss_scale
+    assert scale is not None
+    assert (float(scale.scale), int(scale.last_overflow)) == (4096, STEPS - 1)
+
+
+def test_biases_that_will_not_move_as_in_the_run_are_told(tmp_path, ran, caplog):
+    write_zero(weights(tmp_path, ran[0], 2), CONFIG, trees(ran[0]), 2, ranks=2)
+    train_state(tmp_path, run_config(row_parallel_bias_multiple=2))
+    assert "row_parallel_bias_multiple" not in caplog.text
+    train_state(tmp_path, run_config())
+    assert "row_parallel_bias_multiple: 1. Set it to 2" in caplog.text
+
+
 def test_the_state_is_laid_on_the_mesh_around_it(tmp_path, ran):
     before, _ = ran
     write_zero(weights(tmp_path, before), CONFIG, trees(before), 2)
@@ -318,6 +363,10 @@ def fewer_names(_, tree):
     tree["param_shapes"].pop("2.attention.dense.bias")
 
 
+def no_names(_, tree):
+    tree["param_shapes"] = [1, 2]
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -329,6 +378,7 @@ def fewer_names(_, tree):
         (longer, "numbers of fp32"),
         (other_names, "9.adapter.weight"),
         (fewer_names, "2.attention.dense.bias|numbers of"),
+        (no_names, "param_shapes does not name"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(tmp_path, ran, change, told):

@@ -262,4 +262,6 @@ def test_run_folder_goes_up_step_by_step_with_its_facts(server, run):
 def test_step_that_the_run_has_not_is_an_error_before_anything_is_asked(server, run):
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 1; there are 0, 2, 3"):
         push.push_run(run, REPO, revisions=[0, 1])
+    with pytest.raises(FileNotFoundError, match="no run folder with checkpoints"):
+        push.push_run(run / "nothing", REPO)
     assert not server.requests

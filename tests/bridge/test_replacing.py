@@ -61,6 +61,15 @@ def test_block_that_fails_leaves_what_was_there(existing, place):
     assert [path.name for path in place.iterdir()] == ["model"]
 
 
+def test_folders_made_for_a_block_that_fails_are_gone_again(place):
+    with (
+        pytest.raises(ZeroDivisionError),
+        replacing(place / "more" / "and" / "model", is_ours),
+    ):
+        raise ZeroDivisionError
+    assert [path.name for path in place.iterdir()] == ["model"]
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "sub/a", ".hidden"])
 def test_folder_that_holds_anything_else_is_not_replaced(name, place):
     (place / "model" / name).parent.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """Run folders out: what Orbax and we read back is what was given, and never half of it."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -78,6 +79,11 @@ def test_a_step_that_is_there_and_other_folders_are_refused_and_stay(tmp_path: P
     with pytest.raises(FileExistsError, match=r"steps of another model \(layer_norm_eps"):
         run_out.save(dataclasses.replace(checkpoint(), config=other), run, step=4)
     assert contents(run / "checkpoints") == before
+    shutil.rmtree(run / "checkpoints")  # as a run that has trained, and saved nothing yet
+    begun = run / "config.yaml"
+    begun.write_text(begun.read_text().replace("name: run", "name: mine"))
+    with pytest.raises(FileExistsError, match="something else than converted checkpoints"):
+        run_out.save(checkpoint(), run)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(FileExistsError, match="something else than converted checkpoints"):

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,9 @@ from reference import TINY
 
 import pythia_jax as pj
 from pythia_jax import configs, data
-from pythia_jax.bridge import CheckpointError, hf_out, neox_out, start
+from pythia_jax.bridge import CheckpointError, convert, hf_out, neox_out, start
 from pythia_jax.bridge.opened import from_model
-from pythia_jax.configs import ConfigError, RunConfig
+from pythia_jax.configs import ConfigError, ModelConfig, RunConfig
 from pythia_jax.data import IndexedDatasetWriter
 from pythia_jax.sharding import make_mesh
 from pythia_jax.training.telemetry import read_metrics
@@ -202,6 +203,44 @@ def test_another_model_is_refused_and_another_activation_told(make, hf, caplog) 
         config, _ = start.prepare(make("run", initialize_from=keys, model=None))
         assert config.model == TINY
         assert "model.hidden_act: gelu_pytorch_tanh" in caplog.text
+
+
+def test_a_suites_model_that_the_config_did_not_name_is_told_of_its_recipe(make, caplog) -> None:
+    opened = dataclasses.replace(
+        from_model(our_model()), config=ModelConfig.from_size("6.9b"), source="there"
+    )
+    recipe = {"peak_learning_rate": 1.2e-4, "min_learning_rate": 1.2e-5}
+    for keys, told in (
+        ({}, ["peak_learning_rate 0.00012 (here 0.01)", "row_parallel_bias_multiple 2 (here 1)"]),
+        ({**recipe, "row_parallel_bias_multiple": 2}, []),
+    ):
+        caplog.clear()
+        config = make("run", model=None, initialize_from=source(Path("there"), step=0))
+        optimizer = dataclasses.replace(config.optimizer, **keys)
+        config = dataclasses.replace(config, optimizer=optimizer)
+        with mock.patch.object(start, "_open", return_value=(opened, None)):
+            filled, _ = start.prepare(config)
+        assert filled.model == opened.config
+        assert all(words in caplog.text for words in told)
+        assert ("trained otherwise" in caplog.text) == bool(told)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("EleutherAI/pythia-160m-v0", 1000),
+        ("EleutherAI/pythia-1.4b-deduped-v0", 1000),
+        ("EleutherAI/pythia-70m-v0", 500),
+        ("EleutherAI/pythia-160m", 500),
+    ],
+)
+def test_step_500_is_the_label_1000_of_the_first_versions_large_batches(make, name, label) -> None:
+    with mock.patch.object(convert.hub, "fetch", side_effect=FileNotFoundError) as fetch:
+        config = make("run", initialize_from={"model": name, "step": 500}, training={"steps": 600})
+        with pytest.raises(FileNotFoundError):
+            start.prepare(config)
+    asked = fetch.call_args.kwargs
+    assert asked["revision"] == f"step{label}" or asked["step"] == label
 
 
 def test_a_source_that_is_not_there_is_refused_before_anything_is_written(make, tmp_path) -> None:

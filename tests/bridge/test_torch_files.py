@@ -124,16 +124,35 @@ def test_code_in_a_pickle_never_runs(tmp_path, ignore_unknown):
     bomb = RunsCode()
     bomb.path = str(tmp_path / "made")
     torch.save({"x": bomb, "y": torch.ones(2)}, tmp_path / "x.pt")
-    if ignore_unknown:
-        found = open_torch(tmp_path / "x.pt", ignore_unknown=True)
-        assert isinstance(found["x"], Unknown)
-        assert found["x"].global_name == f"{os.mkdir.__module__}.mkdir"
-        assert found["x"].args == (bomb.path,)
-        np.testing.assert_array_equal(found["y"].read(), 1)
-    else:
-        with pytest.raises(CheckpointError, match=r"x\.pt: refused.*posix\.mkdir"):
-            open_torch(tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"x\.pt: refused.*posix\.mkdir"):
+        open_torch(tmp_path / "x.pt", ignore_unknown=ignore_unknown)
     assert not (tmp_path / "made").exists()
+
+
+class CallsElsewhere:
+    path = ""
+
+    def __reduce__(self):
+        return np.save, (self.path, 1)
+
+
+def test_what_other_programs_name_is_never_called(tmp_path):
+    bomb = CallsElsewhere()
+    bomb.path = str(tmp_path / "made.npy")
+    torch.save({"x": bomb, "kind": int, "y": torch.ones(2)}, tmp_path / "x.pt")
+    found = open_torch(tmp_path / "x.pt", ignore_unknown=True)
+    assert isinstance(found["x"], Unknown)
+    assert found["x"].global_name == "numpy.save"
+    assert found["x"].args == (bomb.path, 1)
+    assert issubclass(found["kind"], Unknown)
+    np.testing.assert_array_equal(found["y"].read(), 1)
+    assert not (tmp_path / "made.npy").exists()
+
+
+def test_a_tensor_that_torch_would_change_in_reading_is_refused(tmp_path):
+    torch.save(torch.ones(3, dtype=torch.complex64).conj(), tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"x\.pt: .*conjugated"):
+        open_torch(tmp_path / "x.pt")
 
 
 def test_plain_classes_are_refused_or_stand_ins_with_their_attributes(tmp_path):

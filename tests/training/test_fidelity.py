@@ -4,6 +4,7 @@ The reference is written from the formulas of GPT-NeoX v1.0, in float64: apex's 
 clip and counters, AnnealingLR, and biases of which every model-parallel rank holds a copy.
 """
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -13,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import TINY, random_params
 from small_runs import Make
 
 from pythia_jax import data
 from pythia_jax.configs import DataConfig, RunConfig
+from pythia_jax.model.gptneox import forward
 from pythia_jax.model.parameters import items
 from pythia_jax.training import step
 from pythia_jax.training.step import init_state, loss_and_gradients
@@ -197,3 +200,23 @@ def test_where_the_loss_scale_doubles_the_gradient_counts_half_or_whole(
     near = furthest(found, trained(start, right, clip=1e3))
     far = furthest(found, trained(start, wrong, clip=1e3))
     assert far > 1e-3 and near < far / 50
+
+
+ACTIVATIONS = {
+    "gelu": lambda x: x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    # The constants of megatron/model/activations.py.
+    "gelu_pytorch_tanh": lambda x: x / 2 * (1 + np.tanh(0.79788456 * x * (1 + 0.044715 * x * x))),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_activation_is_the_exact_one_or_that_by_tanh(name: str) -> None:
+    model = dataclasses.replace(TINY, hidden_act=name)
+    tokens = np.arange(64).reshape(2, 32)
+    # Wide enough that the two forms differ, by up to 5e-4 near 2.
+    params = jax.tree.map(lambda x: 10 * x, random_params(model))
+    _, sites = forward(params, jnp.asarray(tokens), model, capture=("mlp.pre", "mlp.post"))
+    before, after = (np.asarray(sites[site], np.float64) for site in ("mlp.pre", "mlp.post"))
+    assert np.abs(after - ACTIVATIONS[name](before)).max() < 2e-5
+    (other,) = ACTIVATIONS.keys() - {name}
+    assert np.abs(after - ACTIVATIONS[other](before)).max() > 3e-4
