@@ -459,7 +459,11 @@ def overridden(mapping: dict[str, Any], overrides: Mapping[str, str], name: str)
     raise ConfigError(f"{name} with {flags}: {message}")
 
 
-def save(config: RunConfig, path: str | Path) -> None:
-    """Write the effective config as YAML; whoever reads the file finds the old or the new one."""
+def save(config: RunConfig, path: str | Path, comment: str = "") -> None:
+    """Write the effective config as YAML; whoever reads the file finds the old or the new one.
+
+    comment: lines for its head.
+    """
+    head = "".join(f"# {line}\n" for line in comment.splitlines())
     text = yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=100)
-    write_whole(path, text.encode())
+    write_whole(path, f"{head}{text}".encode())

@@ -94,6 +94,18 @@ def test_any_kind_of_checkpoint_is_converted_to_any_other(config: Path, tmp_path
         assert there.read_bytes() == back.read_bytes()
 
 
+def test_a_tokenizer_is_given_to_what_has_none_and_not_lost(
+    config: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    assert run("train", config, "--stop-at", 1).exit_code == 0
+    assert run("convert", tmp_path / "run", tmp_path / "neox", "--to", "neox").exit_code == 0
+    assert run("convert", tmp_path / "run", tmp_path / "hf").exit_code == 0
+    assert "would be lost" in refused("convert", tmp_path / "neox", tmp_path / "hf")
+    given = ("--tokenizer", tokenizer)
+    assert run("convert", tmp_path / "neox", tmp_path / "hf", *given).exit_code == 0
+    assert run("generate", tmp_path / "hf", "the q").exit_code == 0
+
+
 def test_a_run_begins_with_other_weights(config: Path, tmp_path: Path) -> None:
     assert run("train", config).exit_code == 0
     began = run("train", config, "--from", tmp_path / "run", "--step", 1, "--optimizer-state",
@@ -208,6 +220,7 @@ def test_a_dump_broken_off_half_way_leaves_nothing(config: Path, tmp_path: Path)
         (["train"], "Missing argument 'CONFIG'"),
         (["train", "CONFIG", "--from", "x/y/z"], "x/y/z: there is no such folder"),
         (["train", "CONFIG", "--from", "x", "--optimizer-state", "rebuild"], "rebuild:K"),
+        (["convert", "absent", "gs://a/b"], "gs://a/b: conversions are written to folders"),
         (["convert", "absent", "out"], "absent: there is no such folder"),
         (["convert", "CONFIG"], "name the folder to write"),
         (["convert", "a", "b", "--revisions", "all"], "--push-to ORG/NAME"),

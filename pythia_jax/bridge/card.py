@@ -5,6 +5,7 @@
 - the keys of a run's config with their dots: `training.batch_size`, `optimizer.betas`, ...;
 - `name`: of the run; `tokens_seen`;
 - `corpus`: in words; `dataset`: its id on the hub; `deduplicated`: True or False;
+- `license`: `apache-2.0` for the suite's own weights;
 - `hash.WHAT`: of data, `version.WHAT`: of a library.
 
 What is not there is said to be unknown, or left out; nothing is guessed.
@@ -33,12 +34,21 @@ _TRAINING = (
     ("Learning rate, peak", "optimizer.peak_learning_rate"),
     ("Learning rate, at the end", "optimizer.min_learning_rate"),
     ("Schedule", "optimizer.schedule"),
+    ("Updates the schedule is laid out over, where not all", "optimizer.decay_steps"),
     ("Share of the steps for warm-up", "optimizer.warmup_fraction"),
+    ("First update at rate 0", "optimizer.warmup_from_zero"),
     ("AdamW's betas", "optimizer.betas"),
     ("AdamW's epsilon", "optimizer.eps"),
+    ("Bias correction one step ahead", "optimizer.bias_correction_ahead"),
+    ("Adam's counter begun anew at steps", "optimizer.restarts"),
+    ("Row-parallel biases move so many times as far", "optimizer.row_parallel_bias_multiple"),
+    ("Float16 gradients halved where the loss scale doubles", "training.doubled_scale_quirk"),
     ("Weight decay, decoupled, not of norms and biases", "optimizer.weight_decay"),
     ("Gradients clipped to norm", "optimizer.gradient_clip"),
+    ("Initial weights", "model.initializer"),
     ("Weights that it began from", "initialize_from.model"),
+    ("At step", "initialize_from.step"),
+    ("With the optimizer's state", "initialize_from.optimizer_state"),
     ("Recipe", "recipe"),
 )
 _DATA = (
@@ -66,7 +76,7 @@ def text(opened: Opened, config: Mapping[str, Any], difference: Difference | Non
         _table("Data", _data(facts)),
         _function(opened, config, difference),
         _USE,
-        _LICENSE,
+        f"## License\n\n{_LICENSES[facts.get('license')]}",
         _CITATION,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -94,6 +104,7 @@ def published_facts(name: str) -> dict[str, Any]:
         "deduplicated": deduped,
         "data.sequence_length": suite.SEQUENCE_LENGTH,
         "training.steps": suite.TOTAL_STEPS,
+        "license": "apache-2.0",
         "training.batch_size": suite.BATCH_SIZE,
         "training.precision": precision,
         "model.hidden_act": "gelu_pytorch_tanh",
@@ -114,7 +125,8 @@ def tokens_seen(opened: Opened) -> int | None:
 
 
 def _front_matter(facts: Mapping[str, Any]) -> str:
-    lines = ["---", "license: apache-2.0", "library_name: transformers", "tags:"]
+    lines = ["---", f"license: {facts.get('license', 'unknown')}", "library_name: transformers"]
+    lines += ["tags:"]
     lines += ["- pytorch", "- causal-lm", "- pythia"]
     dataset = facts.get("dataset")
     if dataset is not None:
@@ -142,7 +154,8 @@ def _checkpoint(opened: Opened, config: Mapping[str, Any]) -> list[tuple[str, An
 
 
 def _training(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    rows = [(label, facts[key]) for label, key in _TRAINING if facts.get(key) is not None]
+    # Of switches that have no place, such as restarts that there were none of, nothing is said.
+    rows = [(label, facts[key]) for label, key in _TRAINING if facts.get(key) not in (None, [], ())]
     if not rows:
         rows = [("Optimizer, schedule, batch and precision", "unknown")]
     return rows + _prefixed(facts, "version.", "Version of {}")
@@ -242,10 +255,11 @@ model has learned them; the Pile's are documented in section 6 of its paper
 ([Gao et al., 2020](https://arxiv.org/abs/2101.00027)). It may repeat pieces of its training text
 word for word. Early checkpoints write no sensible text at all; they are there to be studied."""
 
-_LICENSE = """\
-## License
-
-Apache 2.0, as the Pythia suite."""
+_LICENSES = {
+    "apache-2.0": "Apache 2.0, as the Pythia suite.",
+    None: "None is stated: whoever publishes these weights chooses one. The weights of the "
+    "Pythia suite itself are under Apache 2.0.",
+}
 
 _CITATION = """\
 ## Citation

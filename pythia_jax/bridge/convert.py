@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pythia_jax import suite
 from pythia_jax.bridge import (
@@ -151,6 +152,7 @@ def convert(
     max_shard_size: int | str | None = None,
     as_pythia: bool | None = None,
     model_parallel: int | None = None,
+    tokenizer: Path | None = None,
     cache_dir: str | Path | None = None,
     show_progress: bool = True,
 ) -> Opened:
@@ -162,6 +164,7 @@ def convert(
     step: as for `open_any`; of a Hugging Face folder, which does not tell, the step that it is of.
     dtype: None keeps the one the weights are stored in. max_shard_size, as_pythia: of a Hugging
     Face folder, `hf_out.save` tells. model_parallel: ranks of a GPT-NeoX folder; None is 1.
+    tokenizer: a `tokenizer.json`, or a folder that holds one, in place of the source's own.
 
     Raises as `open_any` and the writers do (`hf_out`, `run_out`, `neox_out`), and ValueError where
     the target would take the place of the source, or for an argument of another kind. What was at
@@ -181,6 +184,7 @@ def convert(
     if is_url(target):
         raise ValueError(f"{target}: conversions are written to folders of this machine")
     _check_apart(source, folder)
+    files = None if tokenizer is None else hf_config.read_tokenizer(tokenizer)
     told = to != "hf" and not is_url(source) and hf_config.is_hf_folder(Path(source))
     opened = open_any(
         source,
@@ -191,7 +195,9 @@ def convert(
     )
     if told:
         opened = dataclasses.replace(opened, step=step)
-    with _shown(opened, show_progress) as shown:
+    if files is not None:
+        opened = dataclasses.replace(opened, tokenizer_files=files)
+    with logging_redirect_tqdm(), _shown(opened, show_progress) as shown:
         if to == "hf":
             hf_out.save(
                 shown,

@@ -136,6 +136,19 @@ def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
+def read_tokenizer(path: Path) -> dict[str, bytes]:
+    """A tokenizer's files: `path`, a tokenizer.json, or those of the folder `path`.
+
+    Raises FileNotFoundError if there is none.
+    """
+    if path.is_file():
+        return {"tokenizer.json": path.read_bytes()}
+    files = read_tokenizer_files(path)
+    if "tokenizer.json" not in files:
+        raise FileNotFoundError(f"{path}: neither a tokenizer.json, nor a folder that holds one")
+    return files
+
+
 def tokenizer_files(came_with: Mapping[str, bytes], config: ModelConfig) -> dict[str, bytes]:
     """The tokenizer's files: those it came with, the rest as the hub has them for Pythia."""
     files = dict(came_with)

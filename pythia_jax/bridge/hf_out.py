@@ -76,7 +76,19 @@ def save(
     written_config = (published_json if as_pythia else config_json)(config, stored_as, eod)
     generation = {"bos_token_id": eod, "eos_token_id": eod, "use_cache": True}
     tokenizer = tokenizer_files(opened.tokenizer_files, config)
-    with replacing(folder, _is_our_export) as partial:
+    if "tokenizer.json" not in tokenizer:
+        log.warning("%s: exported without a tokenizer, for it has none", opened.source or folder)
+
+    def ours(there: Path) -> bool:
+        known = _is_our_export(there)
+        if (there / "tokenizer.json").exists() and "tokenizer.json" not in tokenizer:
+            raise FileExistsError(
+                f"{there} holds a tokenizer, which would be lost, for {opened.source or 'the model'} has none; "
+                "convert with --tokenizer, or choose another place"
+            )
+        return known
+
+    with replacing(folder, ours) as partial:
         _write_weights(opened, partial, stored_as, limit)
         _write_json(partial / "config.json", written_config)
         _write_json(partial / "generation_config.json", generation)

@@ -57,11 +57,12 @@ class NeoxFolder:
 
 
 def is_neox_folder(folder: Path) -> bool:
-    """Whether `folder` is a `global_stepN` folder, or one whose `latest` names such a folder."""
-    try:
-        return bool(numbered_files(_step_folder(folder), LAYER_FILE, RANK_FILE))
-    except (CheckpointError, FileNotFoundError):
-        return False
+    """Whether GPT-NeoX wrote to `folder`: a `global_stepN` of its, or one that holds such."""
+    return folder.is_dir() and (
+        bool(numbered_files(folder, LAYER_FILE, RANK_FILE))
+        or (folder / "latest").is_file()
+        or any(folder.glob("global_step*"))
+    )
 
 
 def open_folder(folder: Path, config: ModelConfig | None = None) -> Opened:

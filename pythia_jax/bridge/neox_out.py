@@ -4,6 +4,7 @@ A folder with `latest` and one `global_stepN`, cut for any number of model-paral
 in memory at a time. There is no optimizer state in it.
 """
 
+import dataclasses
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from pythia_jax.bridge.neox_in import (
     RANK_FILE,
     added,
     cut_axis,
+    look_into,
+    read_config,
     shard_shape,
 )
 from pythia_jax.bridge.opened import Opened
@@ -27,6 +30,7 @@ from pythia_jax.bridge.replacing import replacing
 from pythia_jax.bridge.safetensors_out import DTYPES, rounded
 from pythia_jax.bridge.torch_files import Deferred, save_torch
 from pythia_jax.configs import ModelConfig
+from pythia_jax.files import write_whole
 from pythia_jax.model.parameters import TABLE, Parameter
 
 Layout = Literal["pipeline", "sequential"]
@@ -65,9 +69,10 @@ def save(
     dtype: float32, float16 or bfloat16; None keeps the one the weights were stored in.
     layout: a file a layer (`pipeline`), or all in one (`sequential`: 14m and 31m).
 
-    Written beside the target first and moved there whole. Raises ValueError for a model that
-    GPT-NeoX does not have or these ranks cannot share, for an unknown dtype and for values that it
-    cannot hold, and FileExistsError if anything but an export of this function lies at `folder`.
+    Other steps of the same model that lie there stay. Written beside the target first and moved
+    there whole. Raises ValueError for a model that GPT-NeoX does not have or these ranks cannot
+    share, for an unknown dtype and for values that it cannot hold, and FileExistsError if anything
+    but exports of this model by this function lies at `folder`.
     """
     config = opened.config
     stored_as = opened.stored_dtype if dtype is None else dtype_name(dtype)
@@ -85,15 +90,24 @@ def save(
         value = value.T if parameter.transposed else value
         return rounded(parameter.neox_names(config)[layer], value, DTYPES[stored_as])
 
-    with replacing(folder, _is_our_export) as partial:
-        inside = partial / f"global_step{step}"
-        (inside / "configs").mkdir(parents=True)
-        write = _write_layers if layout == "pipeline" else _write_ranks
-        write(inside, config, read, DTYPES[stored_as], model_parallel, step)
+    def write(inside: Path) -> None:
+        (inside / "configs").mkdir()
+        write_parts = _write_layers if layout == "pipeline" else _write_ranks
+        write_parts(inside, config, read, DTYPES[stored_as], model_parallel, step)
         described = _yaml(config, stored_as, model_parallel, layout)
         text = yaml.safe_dump(described, sort_keys=False, default_flow_style=None)
         (inside / "configs" / YAML_NAME).write_text(text, encoding="utf-8")
-        (partial / "latest").write_text(inside.name, encoding="utf-8")
+
+    name = f"global_step{step}"
+    if not _holds_steps_of(config, folder):
+        with replacing(folder, lambda _: False) as partial:
+            (partial / name).mkdir()
+            write(partial / name)
+            (partial / "latest").write_text(name, encoding="utf-8")
+        return
+    with replacing(folder / name, _is_our_step) as partial:
+        write(partial)
+    write_whole(folder / "latest", name.encode())
 
 
 def places(config: ModelConfig) -> Iterator[tuple[int, list[tuple[str, Parameter, int]]]]:
@@ -255,14 +269,29 @@ def _yaml(config: ModelConfig, dtype: str, ranks: int, layout: Layout) -> dict[s
     }
 
 
-def _is_our_export(folder: Path) -> bool:
-    """Whether all that lies there is one checkpoint as `save` writes it, without optimizer."""
-    inside = [path for path in folder.iterdir() if path.name != "latest"]
-    if len(inside) != 1 or not re.fullmatch(r"global_step\d+", inside[0].name):
+def _holds_steps_of(config: ModelConfig, folder: Path) -> bool:
+    """Whether exports of this model lie at `folder`; False where nothing or something else does.
+
+    Raises FileExistsError for those of another model.
+    """
+    steps = sorted(folder.glob("global_step*")) if folder.is_dir() else []
+    others = [path for path in folder.iterdir() if path.name != "latest"] if steps else []
+    if not steps or len(others) > len(steps) or not all(map(_is_our_step, steps)):
         return False
-    if not (inside[0] / "configs" / YAML_NAME).is_file():
+    for step in steps:
+        there = read_config(look_into(step))
+        # GPT-NeoX's files do not tell how angles are rounded, nor what the weights began from.
+        untold = {name: getattr(config, name) for name in ("rotary_precision", "initializer")}
+        if dataclasses.replace(there, **untold) != config:
+            raise FileExistsError(f"{step} is of another model; choose another place")
+    return True
+
+
+def _is_our_step(folder: Path) -> bool:
+    """Whether all that lies there is one step as `save` writes it, without optimizer."""
+    if not (folder / "configs" / YAML_NAME).is_file():
         return False
     known = [LAYER_FILE, RANK_FILE, re.compile("configs")]
-    names = [path.name for path in inside[0].iterdir()]
-    alone = len(list((inside[0] / "configs").iterdir())) == 1
+    names = [path.name for path in folder.iterdir()]
+    alone = len(list((folder / "configs").iterdir())) == 1
     return alone and all(any(p.fullmatch(name) for p in known) for name in names)

@@ -31,6 +31,11 @@ from pythia_jax.training.streamed import by_layer, save_params
 BLOCK = 1 << 20
 """Bytes turned round or cast at a time: they stay in a core's cache."""
 
+_ABOUT = """\
+Of a conversion: the model is as it says, all else are defaults. What is known of the training lies
+beside each checkpoint, in surroundings/metadata.
+"""
+
 
 def save(
     opened: Opened,
@@ -77,7 +82,7 @@ def save(
         for file, content in opened.tokenizer_files.items():
             write_whole(place / file, content)
         if not (place / "config.yaml").exists():
-            configs.save(config, place / "config.yaml")
+            configs.save(config, place / "config.yaml", comment=_ABOUT)
 
 
 def _piece(opened: Opened, parameter: Parameter, piece: int, dtype: np.dtype) -> np.ndarray:

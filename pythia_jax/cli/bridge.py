@@ -1,5 +1,7 @@
 """`pythia-jax convert`: weights and configs from one form into another."""
 
+import signal
+import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +12,7 @@ import click
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=str))
-@click.argument("target", type=click.Path(path_type=Path), required=False)
+@click.argument("target", type=click.Path(path_type=str), required=False)
 @click.option(
     "--to",
     type=click.Choice(["hf", "orbax", "neox"]),
@@ -28,6 +30,11 @@ import click
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Of the weights written.  [default: as stored]",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="tokenizer.json, or a folder that holds it, in place of SOURCE's.",
 )
 @click.option(
     "--max-shard-size", help="hf: of a file, before another is begun: 500MB.  [default: 5GB]"
@@ -55,12 +62,14 @@ import click
 )
 @click.option("--gpus", type=int, help="With --neox-config: how many the run was on.")
 @click.option("--vocab-size", type=int, help="With --neox-config: of the tokenizer, unpadded.")
-def convert(source: str, target: Path | None, **options: Any) -> None:
+def convert(source: str, target: str | None, **options: Any) -> None:
     """Write SOURCE to the folder TARGET.
 
     SOURCE is a model on the hub (70m, EleutherAI/pythia-70m), a Hugging Face folder, a GPT-NeoX
     checkpoint (global_stepN) or a run folder (gs:// too).
     """
+    # As Ctrl-C does: what is half-written goes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     files = options.pop("neox_config")
     asked = {name: options.pop(name) for name in ("gpus", "vocab_size")}
     if files:
@@ -81,10 +90,11 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
     from pythia_jax.bridge.convert import convert
 
     written = convert(source, target, **options)
-    click.echo(f"{written.source} -> {target}")
+    step = "" if written.step is None or options["to"] == "hf" else f", step {written.step}"
+    click.echo(f"{written.source} -> {target}{step}")
 
 
-def _push(source: str, target: Path | None, how: dict[str, Any], options: dict[str, Any]) -> None:
+def _push(source: str, target: str | None, how: dict[str, Any], options: dict[str, Any]) -> None:
     """Upload one checkpoint to main, or many of a run to branches of their own."""
     from pythia_jax.bridge.convert import convert
     from pythia_jax.bridge.push import check_name, push, push_run
@@ -98,14 +108,15 @@ def _push(source: str, target: Path | None, how: dict[str, Any], options: dict[s
         with ExitStack() as stack:
             if target is None:
                 place = stack.enter_context(tempfile.TemporaryDirectory(prefix="pythia_jax-push-"))
-                target = Path(place) / "hf"
+                target = f"{place}/hf"
             convert(source, target, **options)
-            click.echo(push(target, repo, private=private))
+            click.echo(push(Path(target), repo, private=private))
         return
     if target is not None or options["step"] is not None or options["revision"] is not None:
         raise click.UsageError("with --revisions there is no TARGET, --step or --revision")
     steps = how["revisions"] if how["revisions"] == "all" else _steps(how["revisions"])
-    _refuse({"model_parallel": options["model_parallel"]}, "--push-to uploads what --to hf writes")
+    unused = {name: options[name] for name in ("model_parallel", "tokenizer")}
+    _refuse(unused, "with --revisions")
     settings = {name: options[name] for name in ("dtype", "max_shard_size", "as_pythia")}
     written = push_run(path_of(source), repo, revisions=steps, private=private, **settings)
     click.echo(f"{len(written)} branches of {repo} were written: {', '.join(written) or 'none'}")
@@ -133,6 +144,8 @@ def _convert_config(files: tuple[Path, ...], out: Path, asked: dict[str, Any]) -
     from pythia_jax.bridge import neox_config
     from pythia_jax.files import write_whole
 
+    if out.exists():
+        raise click.ClickException(f"{out} is there already; name another file, or move it away")
     read = neox_config.read(*files, **asked)
     write_whole(out, neox_config.to_yaml(read).encode())
     tell(read)

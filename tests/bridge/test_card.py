@@ -60,12 +60,14 @@ def rows(text):
 def test_front_matter_is_what_the_hub_reads(tmp_path):
     matter, _ = front_matter(written(opened()))
     assert matter == {
-        "license": "apache-2.0",
+        "license": "unknown",
         "library_name": "transformers",
         "tags": ["pytorch", "causal-lm", "pythia"],
     }
     matter, _ = front_matter(written(opened(dataset="EleutherAI/the_pile_deduplicated")))
     assert matter["datasets"] == ["EleutherAI/the_pile_deduplicated"]
+    published = replace(opened(), facts=card.published_facts("70m"))
+    assert front_matter(written(published))[0]["license"] == "apache-2.0"
 
 
 def test_dataset_that_is_no_id_is_an_error_and_leaves_no_folder(tmp_path):
@@ -92,6 +94,8 @@ def test_card_of_a_run_has_its_facts():
     assert found["Files"] == "pile_text_document, code"
     assert found["Hash of the data, train"] == "abc123"
     assert found["Version of jax"] == "0.10.2"
+    assert found["First update at rate 0"] == found["Bias correction one step ahead"] == "True"
+    assert "Adam's counter begun anew at steps" not in found  # there were no restarts
     assert "It was trained with the same." in text
     assert "Rotary angles: float32, in training and when the model is served." in text
     # What it does not know of its data.

@@ -179,8 +179,8 @@ def test_folders_that_hold_no_checkpoint_say_what_was_looked_for(tmp_path, folde
     (folder.parent / "latest").unlink()
     with pytest.raises(CheckpointError, match="name one of global_step3"):
         open_folder(folder.parent)
-    assert not is_neox_folder(folder.parent)
-    assert not is_neox_folder(tmp_path / "none")
+    assert is_neox_folder(folder.parent)
+    assert not is_neox_folder(tmp_path / "none") and not is_neox_folder(tmp_path / "empty")
 
 
 def test_code_in_a_file_of_weights_does_not_run(folder, tmp_path):

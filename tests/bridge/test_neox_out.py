@@ -133,11 +133,31 @@ def test_gpt_neox_pads_the_tokenizer_to_the_vocabulary(vocab, ranks):
     assert padded == vocab
 
 
-def test_only_an_export_is_replaced(tmp_path):
+def test_steps_of_one_model_lie_beside_each_other(tmp_path):
     neox_out.save(model(), tmp_path / "x", step=1)
-    neox_out.save(model(), tmp_path / "x", step=2)
+    before = (tmp_path / "x" / "global_step1" / "mp_rank_00_model_states.pt").read_bytes()
+    neox_out.save(model(), tmp_path / "x", step=2, model_parallel=2)
     assert (tmp_path / "x" / "latest").read_text() == "global_step2"
-    assert not (tmp_path / "x" / "global_step1").exists()
+    after = (tmp_path / "x" / "global_step1" / "mp_rank_00_model_states.pt").read_bytes()
+    assert after == before
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == [
+        "global_step1",
+        "global_step2",
+        "latest",
+    ]
+
+
+def test_another_model_is_not_written_beside_or_over_the_steps_of_one(tmp_path):
+    neox_out.save(model(), tmp_path / "x", step=1)
+    other = dataclasses.replace(CONFIG, hidden_size=32, intermediate_size=128)
+    for step in (1, 2):
+        with pytest.raises(FileExistsError, match="global_step1 is of another model"):
+            neox_out.save(model(config=other), tmp_path / "x", step=step)
+    assert (tmp_path / "x" / "latest").read_text() == "global_step1"
+
+
+def test_only_an_export_is_replaced(tmp_path):
+    neox_out.save(model(), tmp_path / "x", step=2)
     (tmp_path / "x" / "global_step2" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
     with pytest.raises(FileExistsError):
         neox_out.save(model(), tmp_path / "x", step=3)
