@@ -83,8 +83,8 @@ def save(
         known = _is_our_export(there)
         if (there / "tokenizer.json").exists() and "tokenizer.json" not in tokenizer:
             raise FileExistsError(
-                f"{there} holds a tokenizer, which would be lost, for {opened.source or 'the model'} has none; "
-                "convert with --tokenizer, or choose another place"
+                f"{there} holds a tokenizer, and {opened.source or 'the model'} has none, so it "
+                "would be lost; convert with --tokenizer, or choose another place"
             )
         return known
 
