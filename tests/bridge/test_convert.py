@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hf_folders import stored, write_theirs
-from reference import TINY
+from neox_folders import CONFIG, pipelines, write
+from reference import TINY, random_params
 
+import pythia_jax as pj
 from pythia_jax import suite
-from pythia_jax.bridge import hf_out
+from pythia_jax.bridge import Model, hf_out
 from pythia_jax.bridge.convert import convert, open_any
 from pythia_jax.bridge.opened import Opened
 from pythia_jax.configs import ModelConfig
@@ -59,6 +62,25 @@ def test_by_way_of_neox_too(tmp_path: Path) -> None:
     assert stored(tmp_path / "back") == stored(tmp_path / "hf")
     with pytest.raises(FileNotFoundError, match="holds step 6, and no global_step7"):
         open_any(tmp_path / "neox", step=7)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_gpt_neox_ranks_to_a_run_folder_and_on_are_the_same_bytes(
+    tmp_path: Path, ranks: int
+) -> None:
+    params = random_params(CONFIG)
+    write(tmp_path / "neox", CONFIG, pipelines(params, CONFIG, ranks))  # by torch, in float16
+    pj.save_hf(Model(params, CONFIG), tmp_path / "direct", dtype="float16")
+    convert(tmp_path / "neox", tmp_path / "run", to="orbax", show_progress=False)
+    convert(tmp_path / "run", tmp_path / "hf", show_progress=False)
+    there, here = (tmp_path / name / "model.safetensors" for name in ("direct", "hf"))
+    assert here.read_bytes() == there.read_bytes()
+    convert(tmp_path / "run", tmp_path / "back", to="neox", model_parallel=ranks)
+    for file in (tmp_path / "neox").glob("*/layer_*"):
+        ours = torch.load(tmp_path / "back" / file.parent.name / file.name, weights_only=True)
+        theirs = torch.load(file, weights_only=True)
+        assert list(ours) == list(theirs)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_what_is_nothing_is_told_with_all_that_was_looked_for(tmp_path: Path) -> None:
