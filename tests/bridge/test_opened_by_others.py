@@ -134,8 +134,10 @@ TEXTS = [
 def our_log_likelihood(model: Model, context: str, target: str) -> tuple[float, bool]:
     """Sum of log-probabilities of the target's tokens, and whether each is the likeliest."""
     assert model.tokenizer is not None
-    whole = model.tokenizer.encode(context + target).ids
-    start = len(model.tokenizer.encode(context).ids)
+    # As the harness joins them, where a token of both together reaches over the border.
+    whole = model.tokenizer.encode(context).ids
+    start = len(whole)
+    whole += model.tokenizer.encode(context + target).ids[start:]
     logits = jax.nn.log_softmax(our_logits(model, np.array([whole[:-1]])))[0, start - 1 :]
     wanted = np.array(whole[start:])
     score = float(logits[np.arange(len(wanted)), wanted].sum())
