@@ -17,11 +17,12 @@ from pythia_jax import suite
 from pythia_jax.bridge import hub
 
 WEIGHTS = b"safetensors, as far as the hub knows"
+# Unequal: without links, huggingface_hub's threads move equal blobs from under each other.
 SMALL = {
     "config.json": b"{}",
-    "tokenizer.json": b"{}",
-    "tokenizer_config.json": b"{}",
-    "special_tokens_map.json": b"{}",
+    "tokenizer.json": b"{ }",
+    "tokenizer_config.json": b"{  }",
+    "special_tokens_map.json": b"{   }",
 }
 MODEL = {**SMALL, "model.safetensors": WEIGHTS}
 TORCH = {"pytorch_model.bin": b"pickled"}
