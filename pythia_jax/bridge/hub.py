@@ -93,7 +93,7 @@ def revisions(name: str) -> list[int]:
                 f"{repo}: which steps there are is known to the hub alone, which is not asked "
                 "(HF_HUB_OFFLINE) or cannot be reached; name the steps"
             )
-        branches = library().HfApi().list_repo_refs(repo).branches
+        branches = client().HfApi().list_repo_refs(repo).branches
     found = [STEP.fullmatch(branch.name) for branch in branches]
     return sorted(int(match[1]) for match in found if match is not None)
 
@@ -177,7 +177,7 @@ def _check_step(repo: str, step: int) -> None:
         raise ValueError(f"{repo}: there is no checkpoint of step {step}; the nearest are {near}")
 
 
-def library() -> Any:
+def client() -> Any:
     """huggingface_hub; RuntimeError says how to get it where it is not there."""
     try:
         import huggingface_hub
@@ -189,7 +189,7 @@ def library() -> Any:
 
 
 def _download(repo: str, revision: str | None, cache_dir: str | Path | None) -> Path:
-    hub = library()
+    hub = client()
     online = _reachable(repo, revision)
 
     def snapshot(revision: str | None, *patterns: str) -> Path:
@@ -224,7 +224,7 @@ def _reachable(repo: str, revision: str | None) -> bool:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-    api = library().HfApi()
+    api = client().HfApi()
     try:
         api.model_info(repo, revision=revision or "main", timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except OfflineModeIsEnabled:
@@ -245,7 +245,7 @@ def _reachable(repo: str, revision: str | None) -> bool:
 @contextmanager
 def _explained(repo: str, revision: str | None, cache_dir: str | Path | None) -> Iterator[None]:
     """What the library raises, in one line that says what to do."""
-    library()
+    client()
     from huggingface_hub import constants, errors
 
     at = "" if revision is None else f" at revision {revision}"

@@ -47,7 +47,7 @@ def push(folder: Path, repo: str, *, revision: str | None = None, private: bool 
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no exported model to push (no config.json)")
     with _explained(repo):
-        api = hub.library().HfApi()
+        api = hub.client().HfApi()
         api.create_repo(repo, private=private or None, exist_ok=True)
         branch = revision or "main"
         if branch != "main":
@@ -122,7 +122,7 @@ def push_steps(
     how = {"dtype": dtype, "max_shard_size": max_shard_size, "as_pythia": as_pythia}
     written = []
     with _explained(repo):
-        api = hub.library().HfApi()
+        api = hub.client().HfApi()
         api.create_repo(repo, private=private or None, exist_ok=True)
         there = {branch.name for branch in api.list_repo_refs(repo).branches}
         wanted = [(f"step{step}", step) for step in sorted(steps)]
@@ -201,7 +201,7 @@ def _key_on_hub(api: Any, repo: str, branch: str) -> str | None:
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
     """What the library raises, in one line that says what to do."""
-    hub.library()
+    hub.client()
     from huggingface_hub import errors
 
     try:
