@@ -130,9 +130,10 @@ class CheckpointConfig(Section, where="checkpoint"):
 class EvaluationConfig(Section, where="evaluation"):
     """Held-out loss: `steps` batches every `every` training steps, as upstream counts them.
 
-    tasks: of the LM Evaluation Harness (`pythia`: those of the paper), scored every `tasks_every`
-    steps and at the end; with 0, at every checkpoint that stays. num_fewshot: examples before each
-    question. limit: questions of each task, all if None. include_path: more task files.
+    tasks: of the LM Evaluation Harness (`pythia`: those of the paper), a list or text with commas,
+    scored every `tasks_every` steps and at the end; with 0, at every checkpoint that stays.
+    num_fewshot: examples before each question. limit: questions of each task, all if None.
+    include_path: more task files.
     """
 
     every: int = 100000
@@ -142,6 +143,11 @@ class EvaluationConfig(Section, where="evaluation"):
     num_fewshot: int = 0
     limit: int | None = None
     include_path: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tasks, str):  # as --tasks takes them
+            object.__setattr__(self, "tasks", tuple(self.tasks.split(",")))
+        super().__post_init__()
 
     def _check(self) -> None:
         require(self.every >= 1, "evaluation.every", self.every, "it must be at least 1")

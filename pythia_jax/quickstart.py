@@ -226,6 +226,8 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 def _config(out: Path) -> RunConfig:
     # Set as values and not as text, in which a comma or a colon of a path would mean something.
     config = configs.load(shipped_config("quickstart"))
+    # The run's config.yaml is of use wherever one stands.
+    out = out.absolute()
     train, validation = (str(out / "data" / split) for split in ("train", "validation"))
     return replace(
         config,

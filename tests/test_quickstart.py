@@ -69,7 +69,15 @@ def test_the_whole_road_leaves_what_the_summary_promises(
         arguments = ["62" if a == "2000" else a for a in shlex.split(command)]
         done = CliRunner().invoke(main, arguments, catch_exceptions=False)
         assert done.exit_code == 0, done.output
-    assert Path("batch.npy").exists()
+    rows = np.load("batch.npy")
+
+    # The run's own config finds the data wherever one stands.
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = pj.load_config(tmp_path / "q" / "run" / "config.yaml")
+    np.testing.assert_array_equal(pj.data.batches(config)[0], rows)
+    assert config.tokenizer is not None and Path(config.tokenizer).is_file()
+    assert Path(config.checkpoint.directory) == tmp_path / "q" / "run"
 
 
 def test_text_of_ones_own_and_a_second_run_over_the_first(short: None, tmp_path: Path) -> None:

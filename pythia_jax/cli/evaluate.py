@@ -145,8 +145,8 @@ def sweep(
 
     done = sweep(model, revisions=revisions, tasks=_names(tasks), out=out, **settings)
     counts = f"{len(done.written)} checkpoints scored"
-    if done.there:
-        counts += f", {len(done.there)} were there"
+    if done.skipped:
+        counts += f", {len(done.skipped)} were there"
     click.echo(f"{counts}: results are in {done.folder}")
     for step, why in done.failed.items():
         click.echo(f"step {step} was not scored: {why}", err=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from pythia_jax.cli.options import CONFIG_HELP, DOTTED, load_config
+from pythia_jax.cli.options import CONFIG_HELP, DOTTED, check_first, load_config
 
 
 @click.command(
@@ -45,9 +45,7 @@ def intervene(ctx: click.Context, model: str, config: Path, **given: Any) -> Non
     from pythia_jax.evaluation.intervene import intervene
     from pythia_jax.training.preemption import Preempted
 
-    if model.startswith("-"):
-        # Click cannot know which dotted flags take a value, so it took the first for MODEL.
-        raise click.UsageError(f"MODEL comes before its flags: {ctx.command_path} MODEL {model}")
+    check_first(ctx, "MODEL", model)
     base = load_config(ctx, config)
     try:
         result = intervene(model, base, **given)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from pythia_jax.cli.options import CONFIG_HELP, DOTTED, load_config
+from pythia_jax.cli.options import CONFIG_HELP, DOTTED, check_first, load_config
 
 
 @click.command(
@@ -56,16 +56,14 @@ from pythia_jax.cli.options import CONFIG_HELP, DOTTED, load_config
 def memorization(
     ctx: click.Context, model: str, config: str, out: Path, picture: Path | None, **options: Any
 ) -> None:
+    from pythia_jax.evaluation import figures
     from pythia_jax.evaluation import memorization_plots as plots
     from pythia_jax.evaluation.memorization import memorization_of
 
-    if model.startswith("-"):  # click cannot know which dotted flags take a value
-        raise click.UsageError(
-            f"MODEL comes before its flags: {ctx.command_path} MODEL {model} ..."
-        )
+    check_first(ctx, "MODEL", model)
     run = load_config(ctx, config, prefix_allowed=True)
     if picture is not None:
-        plots.check_picture(picture)
+        figures.check(picture)
     found = memorization_of(model, run, out, **options)
     click.echo(
         f"rows {found.start:,} to {found.stop:,} (not included): {found.memorized:,} recited whole "

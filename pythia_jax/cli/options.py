@@ -40,15 +40,22 @@ def load_config(
     """
     from pythia_jax import configs
 
-    if str(config).startswith("-"):
-        # Click cannot know which dotted flags take a value, so it took the first for CONFIG.
-        raise click.UsageError(
-            f"CONFIG comes before its flags: {ctx.command_path} CONFIG {config} ..."
-        )
+    check_first(ctx, "CONFIG", str(config))
     overrides = {**(more or {}), **dotted(ctx.args)}
     if prefix_allowed and not str(config).endswith((".yaml", ".yml")):
         return configs.for_data(str(config), overrides)
     return configs.load(config, overrides)
+
+
+def check_first(ctx: click.Context, name: str, value: str) -> None:
+    """Refuse a flag in the place of the argument `name`, of a command that takes dotted flags.
+
+    Click cannot know which of these take a value, and so took the first for the argument.
+    """
+    if value.startswith("-"):
+        raise click.UsageError(
+            f"{name} comes before its flags: {ctx.command_path} {name} {value} ..."
+        )
 
 
 def dotted(arguments: list[str]) -> dict[str, str]:

@@ -112,27 +112,38 @@ def count(
     "it is of.  [default: the newest]",
 )
 @click.option("--out", type=_FILE, required=True, help="CSV; what is there is added to.")
+@click.pass_context
 def score(
-    model: str, operation: tuple[str, ...], shots: tuple[int, ...], out: Path, **which: Any
+    ctx: click.Context,
+    model: str,
+    operation: tuple[str, ...],
+    shots: tuple[int, ...],
+    out: Path,
+    **which: Any,
 ) -> None:
     """Ask MODEL 5,000 sums or products, 50 of each number from 0 to 99.
 
     MODEL is a model on the hub (70m), or a folder of any kind (gs:// too). What OUT holds already
     is not asked again: the same command goes on where it was stopped, and one file may gather
-    checkpoints and models.
+    checkpoints and models. Of many checkpoints, those that cannot be loaded are passed over.
     """
     from pythia_jax.evaluation.term_frequency import score
 
-    scores = score(model, out, operations=operation, shots=shots, **which)
+    done = score(model, out, operations=operation, shots=shots, **which)
     asked: dict[tuple[str, int, str, int], list[float]] = {}
-    for each in scores:
+    for each in done.scores:
         key = (each.model, each.step, each.operation, each.shots)
         asked.setdefault(key, []).append(each.accuracy)
     for (name, step, what, count), accuracies in asked.items():
         mean = sum(accuracies) / len(accuracies)
         click.echo(f"{name} step {step}: {what}, {count} shots: {mean:.4f} of answers right")
-    told = f"{len(scores):,} scores added" if scores else "nothing left to ask"
+    added = done.scores or done.failed
+    told = f"{len(done.scores):,} scores added" if added else "nothing left to ask"
     click.echo(f"{told}; scores are in {out}")
+    for step, why in done.failed.items():
+        click.echo(f"step {step} was not asked: {why}", err=True)
+    if done.failed:
+        ctx.exit(1)
 
 
 @term_frequency.command("plot")
@@ -142,13 +153,16 @@ def score(
 def plot(scores: tuple[Path, ...], counts: Path, out: Path) -> None:
     """Draw SCORES, files of `score`, against how often each number was seen by then.
 
+    Scores of models that were trained on other rows than were counted are refused.
+
     Prints, for each checkpoint, the mean accuracy on the tenth of the numbers seen most, less that
     on the tenth seen least.
     """
-    from pythia_jax.evaluation import term_plot
-    from pythia_jax.evaluation.term_frequency import points, read_scores
+    from pythia_jax.evaluation import figures, term_plot
+    from pythia_jax.evaluation.term_frequency import read_points
 
-    found = points([score for path in scores for score in read_scores(path)], counts)
+    figures.check(out, table=True)
+    found = read_points(scores, counts)
     written = term_plot.write(found, out)
     for (model, operation, shots, step), chosen in term_plot.checkpoints(found):
         gap = term_plot.gap(chosen)

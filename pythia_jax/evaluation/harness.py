@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ import jax
 
 from pythia_jax import bridge, sharding
 from pythia_jax.bridge.model import Model, tokenizer_of
+from pythia_jax.bridge.revisions import known_tokens_per_step
 from pythia_jax.configs import MeshConfig
 from pythia_jax.evaluation import tasks as task_names
+from pythia_jax.evaluation.questions import OTHERS, RANDOM, Questions
 from pythia_jax.evaluation.scoring import Scorer
 from pythia_jax.model import parameters
 
@@ -146,6 +149,8 @@ class PythiaJax(TemplateLM):
             "model_revision": self.revision or "",
             "model_source": model.source,
             "model_step": model.step,
+            "tokens_per_step": known_tokens_per_step(model.facts),
+            "non_embedding_parameters": parameters.count(model.config, embedding=False),
         }
 
     def tok_encode(
@@ -283,26 +288,55 @@ def evaluate(
         each task, or below 1 a share of them. batch_size: rows, in place of packing by tokens.
     log_samples: with every request and answer, under `samples`.
 
-    Errors of perplexities are estimated from `BOOTSTRAPS` resamples.
-
-    Raises ValueError for tasks that there are none of, and as `PythiaJax` does.
+    Raises ValueError for tasks that there are none of, and as `ask` does.
     """
-    names = task_names.expand(tasks)
-    manager = task_names.manager(names, include_path)
+    named = Questions(tasks, num_fewshot=num_fewshot, limit=limit, include_path=include_path)
+    return ask(model, named, batch_size=batch_size, log_samples=log_samples)
+
+
+def ask(
+    model: Model | Scorer | PythiaJax,
+    questions: Questions,
+    *,
+    batch_size: int | str | None = None,
+    log_samples: bool = False,
+) -> dict[str, Any]:
+    """As `evaluate`, on tasks that have been read; they may be asked of other models after it.
+
+    Errors of perplexities are estimated from `BOOTSTRAPS` resamples. Raises as `PythiaJax` does.
+    """
     lm = model if isinstance(model, PythiaJax) else PythiaJax(model, batch_size=batch_size)
-    score: Callable[..., Any] = lm_eval.simple_evaluate
-    with _environment(DISABLE_MULTIPROC="1", TOKENIZERS_PARALLELISM="false"):
-        results = score(
-            model=lm,
-            tasks=list(names),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            task_manager=manager,
+    evaluated: Callable[..., Any] = lm_eval.evaluate
+    began = time.time()
+    # Not by simple_evaluate, which reads the tasks each time, and asks git and torch where it is.
+    with (
+        _environment(DISABLE_MULTIPROC="1", TOKENIZERS_PARALLELISM="false"),
+        questions.as_new() as loaded,
+    ):
+        results = evaluated(
+            lm=lm,
+            task_dict=loaded,
+            limit=questions.limit,
             bootstrap_iters=BOOTSTRAPS,
             log_samples=log_samples,
         )
     assert results is not None  # we are the only rank that the harness knows of
-    return dict(results)
+    config = {
+        "model": NAME,
+        "model_args": None,
+        **lm.get_model_info(),
+        "batch_size": lm.scorer.batch_rows or "auto",
+        "device": lm.scorer.mesh.devices.flat[0].platform,
+        "use_cache": None,
+        "limit": questions.limit,
+        "bootstrap_iters": BOOTSTRAPS,
+        "gen_kwargs": None,
+        "random_seed": RANDOM,
+        "numpy_seed": OTHERS,
+        "fewshot_seed": OTHERS,
+    }
+    about = {"config": config, "date": began, "lm_eval_version": lm_eval.__version__}
+    return {**results, **about}
 
 
 def table(results: dict[str, Any]) -> str:

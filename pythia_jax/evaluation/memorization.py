@@ -12,7 +12,6 @@ one scores less than 1.
 
 import functools
 import hashlib
-import json
 import logging
 import math
 import os
@@ -32,18 +31,17 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import pythia_jax
 from pythia_jax import sharding
-from pythia_jax.bridge import Model, load, open_any
-from pythia_jax.bridge.hf_config import is_hf_folder
+from pythia_jax.bridge import Model
+from pythia_jax.bridge.computed_on import computed_on
+from pythia_jax.bridge.revisions import load_at, open_at
 from pythia_jax.configs import MeshConfig, ModelConfig, RunConfig
 from pythia_jax.data import Batches, batches
-from pythia_jax.data.storage import is_url
 from pythia_jax.evaluation import memorization_files as files
+from pythia_jax.evaluation import training_rows
 from pythia_jax.model.decode import greedy
 from pythia_jax.model.gptneox import AnyArray
 from pythia_jax.model.parameters import Params
-from pythia_jax.training.digests import digests
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +50,6 @@ CACHE_BYTES = 2**30
 MOST_ROWS = 1024
 """Upstream's, and the most that are scored together if nobody says."""
 _AHEAD = 2  # blocks of rows read ahead
-_ROWS_HASHED = 64  # by which the data is known again
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def memorization(
     step = model.step if step is None else step
     rows = _rows_asked(served, step, start, stop)
     block = _block(model, sum(lengths), len(rows), batch_size)
-    settings, computed = _about(model, served, step, lengths, start, block)
+    settings, computed = _about(model, config, served, step, lengths, start, block)
     written = [str(matches / continuation_length) for matches in range(continuation_length + 1)]
     path = Path(out)
     with (
@@ -171,21 +168,19 @@ def memorization_of(
 ) -> Memorization:
     """`memorization` of a checkpoint of any kind (`bridge.load`), over all devices that there are.
 
-    step: as for `load`; of a Hugging Face folder, which does not tell, the step that it is of.
+    revision, step: as for `revisions.load_at`.
     fsdp, tensor: devices that the weights are cut over, for a model that does not fit one; the
     others have copies, and rows of their own. how: other arguments of `memorization`.
 
     Raises as both do.
     """
-    told = not is_url(source) and is_hf_folder(Path(source))
     mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=fsdp, tensor=tensor))
-    at = None if told else step
     if fsdp > 1 or tensor > 1:
-        config_of_model = open_any(source, revision=revision, step=at).config
-        sharding.check_fit(mesh, config_of_model, math.prod(mesh.shape[a] for a in sharding.ROWS))
+        opened = open_at(source, revision=revision, step=step)
+        sharding.check_fit(mesh, opened.config, math.prod(mesh.shape[a] for a in sharding.ROWS))
     with jax.set_mesh(mesh):
-        model = load(source, revision=revision, step=at, dtype=dtype)
-        return memorization(model, config, out, step=step if told else None, **how)
+        model = load_at(source, revision=revision, step=step, dtype=dtype)
+        return memorization(model, config, out, **how)
 
 
 def _check_lengths(
@@ -322,6 +317,7 @@ def _recited(
 
 def _about(
     model: Model,
+    config: RunConfig,
     served: Batches,
     step: int | None,
     lengths: tuple[int, int],
@@ -329,40 +325,22 @@ def _about(
     block: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What decides the scores, and what they are computed on."""
+    computed = computed_on(model.params, source=model.source)
     settings = {
-        "weights": _digest_of_weights(model.params),
+        "weights": computed["weights"],
         "model": vars(model.config),
-        "data": _digest_of_rows(served),
+        "rows": training_rows.identity(config),
+        # Other tokens of the same sizes have the same index.
+        "tokens_of_batch_0": hashlib.sha256(served[0].astype("<i4").tobytes()).hexdigest(),
         "prompt_length": lengths[0],
         "continuation_length": lengths[1],
         "never_picked": model.eod,
         "start": start,
     }
-    computed = {
-        "source": model.source,
+    computed |= {
         "step": step,
         "data": served.source,
         "rows_per_step": served.batch_size,
         "rows_together": block,
-        "dtype": jax.tree.leaves(model.params)[0].dtype.name,
-        "pythia_jax": pythia_jax.__version__,
-        "jax": jax.__version__,
-        "device_kind": jax.devices()[0].device_kind,
-        "devices": 1 if sharding.current() is None else jax.sharding.get_mesh().size,
     }
     return settings, computed
-
-
-def _digest_of_weights(params: Params) -> str:
-    """Of all digests of arrays; the same however they lie."""
-    return hashlib.sha256(json.dumps(digests(params), sort_keys=True).encode()).hexdigest()
-
-
-def _digest_of_rows(served: Batches) -> str:
-    """SHA-256 of what the rows of an order are, with 64 of them from its first to its last."""
-    have = len(served) * served.batch_size
-    some = np.unique(np.linspace(0, have - 1, _ROWS_HASHED, dtype=np.int64))
-    digest = hashlib.sha256(f"{have} ".encode())
-    for step, row in zip(*np.divmod(some, served.batch_size), strict=True):
-        digest.update(served.read(int(step), [int(row)]).astype("<i4").tobytes())
-    return digest.hexdigest()

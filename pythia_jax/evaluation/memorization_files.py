@@ -22,10 +22,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pythia_jax.evaluation import sidecars
+from pythia_jax.evaluation.sidecars import beside, differing
 from pythia_jax.files import locked, write_whole
 
 log = logging.getLogger(__name__)
 
+_PARTS = ("settings", "computed")
 _LINE = 64  # more bytes than a line has
 
 
@@ -42,29 +45,14 @@ class Scores:
         return self.index[self.score == 1.0]
 
 
-def about(path: Path) -> Path:
-    """The file beside a CSV that says what it is of."""
-    return path.with_name(f"{path.name}.json")
-
-
 def read_about(path: Path) -> dict[str, Any] | None:
     """What a CSV is of; None for one that came alone, as upstream's do.
 
     Raises ValueError if the file that says so is damaged.
     """
-    try:
-        told = json.loads(about(path).read_bytes())
-        if not isinstance(told, dict) or not all(
-            isinstance(told.get(key), dict) for key in ("settings", "computed")
-        ):
-            raise ValueError("it has not both of settings and computed")
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(
-            f"{about(path)} is damaged, so nothing tells what {path.name} is of ({error}). Restore "
-            "it from a copy, or move both away"
-        ) from None
+    told = sidecars.read(path)
+    if told is not None and not all(isinstance(told.get(key), dict) for key in _PARTS):
+        raise sidecars.damaged(path, f"it has not both of {' and '.join(_PARTS)}")
     return told
 
 
@@ -87,7 +75,7 @@ def read(*paths: str | os.PathLike[str]) -> Scores:
 
 def _read_one(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     source: Any = path
-    if about(path).exists():
+    if beside(path).exists():
         # Of ours, a line without an end is one that a kill cut off; upstream's last has none.
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -173,28 +161,19 @@ def _enter(path: Path, settings: Mapping[str, Any], computed: Mapping[str, Any])
         saved = read_about(path)
         if saved is None:
             raise FileExistsError(
-                f"{path} is there, and no {about(path).name} says what it is of; name another file"
+                f"{path} is there, and no {beside(path).name} says what it is of; name another file"
             )
-        differing = _differing(saved["settings"], wanted["settings"])
-        if differing:
+        others = differing(saved["settings"], wanted["settings"])
+        if others:
             raise FileExistsError(
-                f"{path} holds other scores: {'; '.join(differing)}, by {about(path).name}. Ask "
+                f"{path} holds other scores: {'; '.join(others)}, by {beside(path).name}. Ask "
                 "for the same to go on with it, or name another file"
             )
-        changed = _differing(saved["computed"], wanted["computed"])
+        changed = differing(saved["computed"], wanted["computed"])
         if changed:
             log.warning("%s: went on otherwise than begun: %s", path, "; ".join(changed))
         return
-    write_whole(about(path), json.dumps(wanted, indent=1).encode() + b"\n")
-
-
-def _differing(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    keys = dict.fromkeys([*saved, *wanted])
-    return [
-        f"{key} was {saved.get(key)!r}, is {wanted.get(key)!r}"
-        for key in keys
-        if saved.get(key) != wanted.get(key)
-    ]
+    write_whole(beside(path), json.dumps(wanted, indent=1).encode() + b"\n")
 
 
 def _kept(path: Path, file: IO[bytes], rows: range, block: int) -> int:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pythia_jax.evaluation import figures
 from pythia_jax.evaluation.memorization_files import Scores, read, read_about
-from pythia_jax.files import written_whole
 
 PYTHIA_BATCH = 1024  # rows of a step, of files that do not tell
 _BINS = 100
@@ -118,8 +118,8 @@ def plot(
     """
     from matplotlib.figure import Figure
 
-    path, files = Path(out), [csv] if isinstance(csv, str | os.PathLike) else csv
-    check_picture(path)
+    figures.check(out)
+    files = [csv] if isinstance(csv, str | os.PathLike) else csv
     computed = [told["computed"] for told in map(read_about, map(Path, files)) if told]
     if rows_per_step is None:
         known = {told["rows_per_step"] for told in computed}
@@ -140,15 +140,8 @@ def plot(
     _draw_quantiles(against, per_step, test)
     if title:
         figure.suptitle(title)
-    with written_whole(path) as file:
-        figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)
+    figures.save(figure, out)
     return test
-
-
-def check_picture(path: Path) -> None:
-    """Refuse a name that is not one of a picture that we draw."""
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise ValueError(f"{path}: name a .png or an .svg")
 
 
 def _draw_fraction(axes: Any, per_step: Counts) -> None:

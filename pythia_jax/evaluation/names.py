@@ -90,6 +90,11 @@ def stderr_name(metric: str) -> str:
     return f"{plain}_stderr{comma}{kept}"
 
 
+def is_stderr(metric: str) -> bool:
+    """Whether `stderr_name` made this name."""
+    return metric.partition(",")[0].endswith("_stderr")
+
+
 @dataclass(frozen=True)
 class ModelName:
     """What the name of a model says.

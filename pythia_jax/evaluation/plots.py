@@ -2,17 +2,17 @@
 
 Colours follow size, from dark to light (viridis, which the colour-blind read too); dashes tell
 deduplicated and v0 models apart, markers the kind of run, hollow ones few-shot, and thick lines are
-pythia_jax's own scores.
+pythia_jax's own scores. Doubtful or limited ones are pale, with crosses.
 """
 
-import io
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pythia_jax.data.storage import is_url
-from pythia_jax.evaluation import names
+from pythia_jax.evaluation import figures, names
 from pythia_jax.evaluation.points import (
     AXES,
     TRAINING,
@@ -27,13 +27,10 @@ from pythia_jax.evaluation.points import (
     training_points,
 )
 from pythia_jax.evaluation.results import OLD_HARNESS, Result, read
-from pythia_jax.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-SUFFIXES = (".png", ".svg", ".csv")
 
 _X_LABELS = {
     "step": "step",
@@ -49,11 +46,13 @@ _MARKERS = {
 }
 _NO_SIZE = ("#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Of models whose size nothing tells (Okabe and Ito's colours)."""
-_FAMILIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _GREYS = ("#333333", "#777777")
 _MOST_BANDS = 4
 """Standard errors of more lines than this would hide each other."""
 _SHORT_LEGEND = 6
+_LEGEND_WIDTH = 60
+"""Letters of a line of the legend."""
 
 
 def plot_paths(
@@ -118,32 +117,20 @@ def plot(
         panels.append(training_points(runs, key) if task == TRAINING else points(results, name))
     if step is not None and x != "parameters":
         raise ValueError(f"step {step}: only a plot over parameters is of one step")
-    if out is not None and Path(out).suffix == ".csv":
+    if out is not None and figures.check(out, table=True) == figures.TABLE:
         to_csv((point for panel in panels for point in panel), out)
         return None
     figure = _figure(panels, x, step)
     if out is not None:
-        save(figure, Path(out))
+        figures.save(figure, out)
     return figure
 
 
 def _check(x: str, out: str | Path | None) -> None:
     if x not in AXES:
         raise ValueError(f"x {x!r}: one of {', '.join(AXES)}")
-    if out is not None and Path(out).suffix not in SUFFIXES:
-        raise ValueError(f"{out}: the name of the file ends in one of {', '.join(SUFFIXES)}")
-
-
-def save(figure: "Figure", path: Path) -> None:
-    """Write a `.png` or `.svg`, whole or not at all; the same bytes for the same figure."""
-    import matplotlib
-
-    picture, kind = io.BytesIO(), path.suffix[1:]
-    with matplotlib.rc_context({"svg.hashsalt": "pythia_jax"}):
-        # Without a date.
-        about = {"Date": None} if kind == "svg" else {}
-        figure.savefig(picture, format=kind, dpi=150, metadata=about)
-    write_whole(path, picture.getvalue())
+    if out is not None:
+        figures.check(out, table=True)
 
 
 def _figure(panels: Sequence[Sequence[Point]], x: str, step: int | None) -> "Figure":
@@ -160,14 +147,15 @@ def _figure(panels: Sequence[Sequence[Point]], x: str, step: int | None) -> "Fig
     level = [p for panel in panels for p in panel if p.result.step is None and x != "parameters"]
     colours = _of_sizes(every) if x != "parameters" else {}
     if len(colours) < 2:
-        colours = _of_lines(every, x == "parameters")
+        colours = _of_lines(every)
     lines = [curve.line for curve in every] + [line_of(point.result) for point in level]
     labels = [_label(curve, lines) for curve in every]
     beside = (
         len(panels) > 1 or len(set(labels)) > _SHORT_LEGEND or max(map(len, labels), default=0) > 30
     )
     # About what a letter of the legend takes, in inches.
-    margin = 0.5 + 0.065 * max(map(len, labels), default=0) if beside else 0.0
+    longest = min(_LEGEND_WIDTH, max(map(len, labels), default=0))
+    margin = 0.8 + 0.065 * longest if beside else 0.0
     size = (0.8 + 5.6 * across + margin + 0.6 * bool(level), 0.5 + 4.0 * down)
     figure = Figure(figsize=size, layout="constrained")
     notes = _steps_of(every) if x == "parameters" else []
@@ -203,10 +191,10 @@ def _of_sizes(drawn: Iterable[Curve]) -> dict[str, Any]:
     return colours
 
 
-def _of_lines(drawn: Iterable[Curve], families: bool) -> dict[Any, Any]:
-    """A colour for each line, or family, where size tells none apart."""
-    keys = dict.fromkeys(curve.line.model if families else curve.line for curve in drawn)
-    return {key: _FAMILIES[i % len(_FAMILIES)] for i, key in enumerate(keys)}
+def _of_lines(drawn: Iterable[Curve]) -> dict[Any, Any]:
+    """A colour for each line, where size tells none apart."""
+    lines = dict.fromkeys(curve.line for curve in drawn)
+    return {line: _COLOURS[i % len(_COLOURS)] for i, line in enumerate(lines)}
 
 
 def _colour(curve: Curve, colours: dict[Any, Any]) -> Any:
@@ -241,13 +229,16 @@ def _draw(
                 (line.deduped, line.version == "v0"), "-."
             ),
             linewidth=2.6 if line.ours else 1.3,
-            marker=None if many else _MARKERS[line.kind],
+            marker=None if many else "X" if line.notes else _MARKERS[line.kind],
+            alpha=0.55 if line.notes else None,
             markersize=6 if line.ours or x == "parameters" else 4,
             markerfacecolor="white" if line.shots else colour,
         )
         if curve in banded:
             assert curve.low is not None and curve.high is not None
             axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+            if len(curve.x) == 1:  # of no width
+                axes.vlines(curve.x, curve.low, curve.high, color=colour, alpha=0.5)
             seeds = "shaded: least to greatest of the seeds, about their mean"
             notes.append(seeds if line.seeds else "shaded: ± 1 standard error")
     level = [point for point in panel if point.result.step is None and x != "parameters"]
@@ -388,8 +379,10 @@ def _legend(figure: "Figure", beside: bool) -> None:
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    how: dict[str, Any] = {"frameon": False, "fontsize": 8}
+    # Long enough for dashes and dots to be told apart.
+    how: dict[str, Any] = {"frameon": False, "fontsize": 8, "handlelength": 3.5}
+    texts = [textwrap.fill(label, _LEGEND_WIDTH) for label in found]
     if found and beside:
-        figure.legend(found.values(), found.keys(), loc="outside right upper", **how)
+        figure.legend(found.values(), texts, loc="outside right upper", **how)
     elif found:
-        figure.axes[0].legend(found.values(), found.keys(), **how)
+        figure.axes[0].legend(found.values(), texts, **how)

@@ -76,10 +76,11 @@ def parse_metric(text: str) -> tuple[str, str]:
 def points(results: Iterable[Result], metric: str) -> list[Point]:
     """The points of a metric (`lambada_openai:acc`): each checkpoint once, by model and step.
 
-    Two files that give one checkpoint the same number are one point.
+    Two files that give one checkpoint the same number are one point. A file with notes is of
+    another line than one without.
 
-    Raises ValueError where two files differ about a checkpoint, and where no file has the metric,
-    with the metrics that there are.
+    Raises ValueError where two files of one line differ about a checkpoint, and where no file has
+    the metric, with the metrics that there are.
     """
     results = list(results)
     task, name = parse_metric(metric)
@@ -89,8 +90,7 @@ def points(results: Iterable[Result], metric: str) -> list[Point]:
         if score is None:
             continue
         point = Point(result, task, name, *score)
-        # Notes are left out: a doubtful file beside a good one is what this is to find.
-        key = (replace(line_of(result, seed=result.seed), notes=()), result.step)
+        key = (line_of(result, seed=result.seed), result.step)
         before = found.setdefault(key, point)
         none = math.isnan(before.value) and math.isnan(point.value)
         if before.value != point.value and not none:
@@ -107,48 +107,63 @@ def points(results: Iterable[Result], metric: str) -> list[Point]:
 def training_points(runs: Sequence[str | Path], key: str) -> list[Point]:
     """A key of the metrics.jsonl of runs (`loss`, `learning_rate`, `grad_norm`, …) as points.
 
+    A run is called what its config calls it; of several of one name each what its folder is called.
+
     Raises FileNotFoundError for a run without metrics, ValueError where none has the key.
     """
-    from pythia_jax import configs
-    from pythia_jax.model.parameters import count
     from pythia_jax.training.records import read_metrics
 
+    folders = list(dict.fromkeys(str(run).rstrip("/") for run in runs))
+    about = [_run(folder) for folder in folders]
+    called = [(run.model, run.seed, run.version) for run in about]
     found, keys = [], set()
-    folders = [str(run).rstrip("/") for run in runs]
-    last = [folder.rpartition("/")[2] for folder in folders]
-    for folder, name in zip(folders, last, strict=True):
-        path = folder if is_url(folder) else Path(folder) / "metrics.jsonl"
-        lines = read_metrics(path)
+    for folder, run, name in zip(folders, about, called, strict=True):
+        if called.count(name) > 1:
+            run = replace(run, model=folder, size=None, deduped=False, seed=None, version=None)
+        lines = read_metrics(run.path)
         keys |= {k for line in lines for k in line} - {"step"}
-        tokens = parameters = None
-        if not is_url(folder):
-            try:
-                config = configs.load(Path(folder) / "config.yaml")
-                tokens = config.training.batch_size * config.data.sequence_length
-                parameters = config.model and count(config.model, embedding=False)
-            except (OSError, ConfigError) as error:
-                log.warning("%s: tokens and parameters are not known: %s", folder, error)
         for line in lines:
             if key in line:
-                result = Result(
-                    model=name if last.count(name) == 1 else folder,
-                    step=int(line["step"]),
-                    num_fewshot=0,
-                    kind="plain",
-                    harness="",
-                    path=path,
-                    metrics={},
-                    tokens_per_step=tokens,
-                    parameters=parameters,
-                )
-                found.append(Point(result, TRAINING, key, line[key], None))
+                at = replace(run, step=int(line["step"]))
+                found.append(Point(at, TRAINING, key, line[key], None))
     if not found:
         raise ValueError(f"no run has {TRAINING}:{key}; there are {', '.join(sorted(keys))}")
     return found
 
 
+def _run(folder: str) -> Result:
+    """What a run's metrics are of; without scores, and without a step yet."""
+    from pythia_jax.bridge.revisions import run_config
+    from pythia_jax.model.parameters import count
+    from pythia_jax.training.bucket import path_of
+
+    about, tokens, parameters = names.ModelName(folder.rpartition("/")[2]), None, None
+    try:
+        config = run_config(path_of(folder))
+        about = names.model_name(config.name)
+        tokens = config.training.batch_size * config.data.sequence_length
+        parameters = config.model and count(config.model, embedding=False)
+    except (OSError, ConfigError) as error:
+        log.warning("%s: its name, tokens and parameters are not known: %s", folder, error)
+    return Result(
+        model=about.model,
+        step=None,
+        num_fewshot=0,
+        kind="plain",
+        harness="",
+        path=folder if is_url(folder) else Path(folder) / "metrics.jsonl",
+        metrics={},
+        size=about.size,
+        deduped=about.deduped,
+        seed=about.seed,
+        version=about.version or ("v1" if about.size else None),
+        tokens_per_step=tokens,
+        parameters=parameters,
+    )
+
+
 def _there_are(results: Sequence[Result], task: str) -> str:
-    metrics = {m for r in results for m in r.metrics.get(task, ()) if "_stderr" not in m}
+    metrics = {m for r in results for m in r.metrics.get(task, ()) if not names.is_stderr(m)}
     if metrics:
         return f"of {task} there are {', '.join(sorted(metrics))}"
     tasks = sorted({name for result in results for name in result.metrics})
@@ -216,7 +231,15 @@ def order(curve: Curve) -> tuple:
     """Curves by size, and what is plain first."""
     result, line = curve.points[0].result, curve.line
     size = result.parameters or math.inf
-    return (size, line.deduped, line.version or "", line.kind != "plain", line.shots, str(line))
+    return (
+        size,
+        line.deduped,
+        line.version or "",
+        line.kind != "plain",
+        line.shots,
+        bool(line.notes),
+        str(line),
+    )
 
 
 def _curve(line: Line, members: Iterable[Point], axis: str) -> Curve:
@@ -272,7 +295,12 @@ def over_sizes(found: Iterable[Point], step: int | None) -> list[Curve]:
     for line, members in lines.items():
         of_line = _of_seeds if line.seeds else lambda *given: [_curve(*given)]
         drawn += of_line(line, members, "parameters")
-    return sorted(drawn, key=lambda c: (c.points[0].result.step is None, str(c.line)))
+
+    def place(curve: Curve) -> tuple:
+        line = curve.line
+        return (curve.points[0].result.step is None, line.model, bool(line.notes), str(line))
+
+    return sorted(drawn, key=place)
 
 
 def _family(result: Result, model: str) -> str:
@@ -283,18 +311,21 @@ def _family(result: Result, model: str) -> str:
 
 
 def at_step(found: Iterable[Point], step: int | None) -> list[Point]:
-    """For each model (each seed by itself) the point at a step, or its last one.
+    """For each model (each seed by itself) its points at a step, or at its last one.
 
-    What has no steps (a baseline) stays. Raises ValueError where nothing is at the step.
+    There are several where flagged files are beside the good one. Which step is the last is told by
+    the files without notes, if there are any. What has no steps (a baseline) stays. Raises
+    ValueError where nothing is at the step.
     """
     by_model: dict[Line, list[Point]] = defaultdict(list)
     for point in found:
-        by_model[line_of(point.result, seed=point.result.seed)].append(point)
+        line = replace(line_of(point.result, seed=point.result.seed), notes=())
+        by_model[line].append(point)
     chosen = []
     for members in by_model.values():
-        there = [p for p in members if step is None or p.result.step in (step, None)]
-        if there:
-            chosen.append(max(there, key=lambda p: p.result.step or 0))
+        good = [p for p in members if not p.result.notes] or members
+        last = max((p.result.step or 0 for p in good), default=0) if step is None else step
+        chosen += [p for p in members if p.result.step in (last, None)]
     if step is not None and not any(p.result.step == step for p in chosen):
         every = (p.result.step for of in by_model.values() for p in of)
         steps = sorted({at for at in every if at is not None})

@@ -31,7 +31,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel
+
+from pythia_jax.evaluation.token_bytes import bytes_of_tokens, is_byte_level
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +91,15 @@ class Swap:
 
     def __init__(self, tokenizer: Tokenizer, words: Mapping[str, str]) -> None:
         """Raises ValueError for a tokenizer that is no byte-level one."""
+        if not is_byte_level(tokenizer):
+            raise ValueError(
+                "pronouns are swapped in the rows of byte-level tokenizers, as all of Pythia's "
+                f"are, and this one's decoder is {type(tokenizer.decoder).__name__}"
+            )
         self.tokenizer, self.words = tokenizer, words
-        self.bytes_of = _bytes_of_tokens(tokenizer)
-        self._shown = _bytes_of_tokens(tokenizer, special=False)
+        # The last is for ids that are not the tokenizer's.
+        self.bytes_of = [*bytes_of_tokens(tokenizer), b""]
+        self._shown = [*bytes_of_tokens(tokenizer, special=False), b""]
         self._sizes = np.array([len(token) for token in self.bytes_of])
         self._patterns = {word: re.compile(f" {word} ".encode()) for word in words}
         first_letter = _holds_first_letter(words)
@@ -222,36 +229,6 @@ def _holds_first_letter(words: Mapping[str, str]) -> re.Pattern[bytes]:
 
     each = "|".join(f"{word[0]}{rest(f'{word[1:]} ')}" for word in words)
     return re.compile(rf"(?:\A| )(?:{each})".encode())
-
-
-def _bytes_of_tokens(tokenizer: Tokenizer, *, special: bool = True) -> list[bytes]:
-    """The bytes that each id stands for, and none at the end, for ids that are not the tokenizer's.
-
-    special: whether special tokens stand for any.
-
-    As the tokenizers library's byte-level decoder has it: each character of a token is one byte,
-    unless one of them is none of its 256, in an added token: then the token is its own text.
-    """
-    if not isinstance(tokenizer.decoder, ByteLevel):
-        raise ValueError(
-            f"pronouns are swapped in the rows of byte-level tokenizers, as all of Pythia's are, "
-            f"and this one's decoder is {type(tokenizer.decoder).__name__}"
-        )
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
-    hidden = tokenizer.get_added_tokens_decoder()
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    found = [b""] * (max(vocabulary.values(), default=-1) + 2)
-    for token, number in vocabulary.items():
-        if not special and number in hidden and hidden[number].special:
-            continue
-        try:
-            found[number] = bytes(byte_of[character] for character in token)
-        except KeyError:
-            found[number] = token.encode()
-    return found
 
 
 def _is_text(content: bytes) -> bool:

@@ -164,7 +164,7 @@ def read_file(path: Path) -> Iterator[Result]:
     if isinstance(made, dict) and {"model", "step", "num_fewshot"} <= set(made):
         yield _ours(path, content["results"], made, config)
         return
-    result = _published(path, config, _metrics(content["results"]))
+    result = _published(path, config, numbers(content["results"]))
     if not present:
         yield result
         return
@@ -197,24 +197,28 @@ def _content(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: `results` is a list, as in the published WinoBias files")
     if not isinstance(found, dict) or not all(isinstance(m, dict) for m in found.values()):
         raise ValueError(f"{path}: `results` is not a table of tasks and their metrics")
-    if not _metrics(found):
+    if not numbers(found):
         raise ValueError(f"{path}: there is no number in `results`")
     return content
 
 
-def _metrics(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Numbers by present names; aliases, sample counts and the standard error `N/A` are none."""
+def numbers(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Scores and standard errors by present names: what else the harness keeps of a task is left
+    out (its alias, how many questions there were, a standard error `N/A`).
+
+    found: task → metric → value, of a file or as the harness returns them.
+    """
     metrics = {}
     for task, scores in found.items():
-        numbers = {
+        kept = {
             names.metric_name(name): float(value)
             for name, value in scores.items()
             if isinstance(value, int | float)
             and not isinstance(value, bool)
             and name not in ("sample_len", "sample_count")
         }
-        if numbers:
-            metrics[names.task_name(task)] = numbers
+        if kept:
+            metrics[names.task_name(task)] = kept
     return metrics
 
 
@@ -234,13 +238,14 @@ def _published(
     arguments = _arguments(config)
     pretrained = str(arguments.get("pretrained") or "").rstrip("/")
     stem, notes = _STEM.fullmatch(path.stem), []
-    # Of a checkpoint on disk its folder may tell the step: run/step3000, run_step3000.
-    source = _STEM.fullmatch(pretrained.rpartition("/")[2])
+    revision = _step(arguments)
     if stem is not None:
         name, step = stem["name"], int(stem["step"])
     else:
-        name = source["name"] if source else pretrained or path.stem
-        step = _step(arguments, int(source["step"]) if source else None)
+        name, step = _source(pretrained or path.stem)
+        # Of a run folder, ours tells the harness which checkpoint is the newest.
+        told = (revision, _whole(config, "model_step"), step)
+        step = next((number for number in told if number is not None), None)
     kind = ((stem and stem["kind"]) or "").rstrip("-")
     for known in ("intervention", "baseline"):
         if path.parent.name == known or name.rpartition("/")[2].startswith(f"{known}-"):
@@ -248,7 +253,9 @@ def _published(
             name = name.rpartition("/")[2].removeprefix(f"{known}-")
     about = names.model_name(name)
     version = about.version or _version(path, config) if about.size else None
-    doubled = about.size is not None and _halved(about.size, version, step, arguments)
+    # Revisions of the hub are called by true steps.
+    counted = stem is not None or revision is None
+    doubled = counted and _halved(about.size, version, step, arguments)
     if kind == "intervention" and about.long:
         kind = "long-intervention"
     if about.tokens_per_step not in (None, names.TOKENS_PER_STEP):
@@ -259,7 +266,6 @@ def _published(
         shots = said if isinstance(said, int) else int((stem and stem["shots"]) or 0)
     elif isinstance(said, int) and said != shots:
         notes.append(f"its config says {names.shots_name(said)}")
-    revision = _step(arguments, None)
     if stem is not None and revision is not None and revision != step:
         notes.append(f"its config says step {revision}")
     notes += _limited(config)
@@ -275,11 +281,27 @@ def _published(
         deduped=about.deduped,
         seed=about.seed,
         version=version,
-        tokens_per_step=about.tokens_per_step,
-        parameters=_parameters(about),
+        tokens_per_step=_whole(config, "tokens_per_step") or about.tokens_per_step,
+        parameters=_whole(config, "non_embedding_parameters") or _parameters(about),
         doubled=doubled and step is not None,
         notes=tuple(notes),
     )
+
+
+def _source(pretrained: str) -> tuple[str, int | None]:
+    """A model's name, and the step that its folder tells: run/global_step3000, run_step3000."""
+    folder, _, last = pretrained.rpartition("/")
+    alone = re.fullmatch(r"(?:global_)?step(\d+)", last)
+    if alone and folder:
+        return folder, int(alone[1])
+    found = _STEM.fullmatch(last)
+    return (found["name"], int(found["step"])) if found else (pretrained, None)
+
+
+def _whole(config: Mapping[str, Any], key: str) -> int | None:
+    """A number that our model tells the harness of itself."""
+    found = config.get(key)
+    return found if isinstance(found, int) else None
 
 
 def _limited(config: Mapping[str, Any]) -> list[str]:
@@ -290,21 +312,25 @@ def _limited(config: Mapping[str, Any]) -> list[str]:
     return [f"first {limit:g} questions" if limit >= 1 else f"first {limit:g} of the questions"]
 
 
-def _halved(size: str, version: str | None, step: int | None, arguments: Mapping[str, Any]) -> bool:
+def _halved(
+    size: str | None, version: str | None, step: int | None, arguments: Mapping[str, Any]
+) -> bool:
     """Whether steps count batches of twice as many tokens; GPT-NeoX's own files tell."""
     planned = arguments.get("train_iters")
+    if size is None:
+        return False
     if isinstance(planned, int):
         return planned == _HALVED_STEPS
     return version == "v0" and size in _HALVED and (step or 0) <= _HALVED_STEPS
 
 
-def _step(arguments: Mapping[str, Any], default: int | None) -> int | None:
+def _step(arguments: Mapping[str, Any]) -> int | None:
     """The step that model_args name: `revision=step3000`, ours `step=3000`."""
     for key in ("revision", "step"):
         found = re.fullmatch(r"(?:step)?(\d+)", str(arguments.get(key, "")))
         if found:
             return int(found[1])
-    return default
+    return None
 
 
 def _version(path: Path, config: Mapping[str, Any]) -> str:
@@ -334,11 +360,11 @@ def _ours(
         kind=made.get("kind") or "plain",
         harness=str(made.get("lm_eval") or "0.4"),
         path=path,
-        metrics=_metrics(found),
+        metrics=numbers(found),
         size=about.size,
         deduped=about.deduped,
         seed=about.seed,
-        version="v1" if about.size else None,
+        version=about.version or ("v1" if about.size else None),
         tokens_per_step=made.get("tokens_per_step") or about.tokens_per_step,
         parameters=made.get("parameters") or _parameters(about),
         ours=True,
@@ -381,7 +407,7 @@ def write(
     Raises ValueError for results without a number, and as `path_of` does.
     """
     path = path_of(folder, model_name=model_name, step=step, num_fewshot=num_fewshot)
-    metrics = _metrics(results["results"])
+    metrics = numbers(results["results"])
     if not metrics:
         raise ValueError(f"{path}: no task gave a number; nothing to write")
     shots = {task: n for task, n in (results.get("n-shot") or {}).items() if n}
@@ -409,7 +435,6 @@ def write(
             "num_fewshot": num_fewshot or 0,
             "lm_eval": results.get("lm_eval_version"),
             "questions": results.get("n-samples"),
-            "task_hashes": results.get("task_hashes"),
             **provenance,
         },
     }

@@ -1,21 +1,26 @@
-"""One checkpoint scored: what was asked, the file it is in, and whether that is there already."""
+"""One checkpoint scored: what was asked, the file it is in, and whether that is there before."""
 
 import json
-import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
-import pythia_jax
 from pythia_jax import suite
-from pythia_jax.evaluation import results, tasks
+from pythia_jax.bridge.computed_on import computed_on
+from pythia_jax.evaluation import names, results, tasks
+from pythia_jax.evaluation.questions import Questions
+from pythia_jax.files import locked
 from pythia_jax.model import parameters
 from pythia_jax.training.pod import is_first
+
+AWAY = "choose another folder for the results, or move the file away"
+
+
+class OtherWeightsError(ValueError):
+    """A file holds scores of other weights than those that are to be scored."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Request:
         return tasks.expand(self.tasks)
 
     def check(self) -> None:
-        """Raise what can be said before anything is scored: ValueError for names that the harness
+        """Raise what can be said before anything is read: ValueError for names that the harness
         does not know and numbers that cannot be, RuntimeError where lm_eval is not installed."""
         if not self.names:
             raise ValueError("no task is named; name one, or the preset pythia")
@@ -43,12 +48,10 @@ class Request:
             raise ValueError(f"limit: {self.limit} must be at least 1")
         tasks.check(self.names, self.include_path)
 
-    def score(self, scorer: Any) -> dict[str, Any]:
-        """The harness's results for the weights of a `scoring.Scorer`."""
-        from pythia_jax.evaluation import harness
-
-        return harness.evaluate(
-            scorer,
+    def questions(self) -> Questions:
+        """The tasks, read for all checkpoints. Raises as `check` and `Questions` do."""
+        self.check()
+        return Questions(
             self.names,
             num_fewshot=self.num_fewshot,
             limit=self.limit,
@@ -56,105 +59,154 @@ class Request:
         )
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Whose scores they are.
+
+    name: of the model. step: None where it is not known. source: where the weights come from, for
+    people. arguments: for the harness, its `--model_args`. weights: their hash; None where it is
+    not known before they are read. tokens_per_step: where it is known.
+    """
+
+    name: str
+    step: int | None
+    source: str
+    arguments: str
+    weights: str | None = None
+    tokens_per_step: int | None = None
+
+    def path(self, folder: Path, request: Request) -> Path:
+        """The file in `folder` that its scores are in."""
+        return results.path_of(
+            folder, model_name=self.name, step=self.step, num_fewshot=request.num_fewshot
+        )
+
+
+def ask(scorer: Any, questions: Questions) -> dict[str, Any]:
+    """The harness's results for the weights of a `scoring.Scorer`."""
+    from pythia_jax.evaluation import harness
+
+    return harness.ask(scorer, questions)
+
+
 def score_into(
     folder: Path,
     request: Request,
+    questions: Questions,
     scorer: Any,
+    of: Checkpoint,
     *,
-    name: str,
-    step: int | None,
-    source: str,
-    weights: str,
-    tokens_per_step: int | None = None,
-    again: bool = False,
-) -> tuple[Path, dict[str, Any]]:
-    """Score weights and write the file of it, whole or not at all; the file, and the results.
+    write: bool = True,
+) -> dict[str, Any]:
+    """Score weights and write the file of it, whole or not at all; the harness's results.
 
-    Of several processes all call it, and the first writes.
-
-    scorer: a `scoring.Scorer`. name: of the model. step: None where it is not known. source: where
-    the weights came from. weights: their hash. tokens_per_step: where it is known. again: what
-    the harness warns about has been told, for other weights.
+    Of several processes all call it, and the first writes. scorer: a `scoring.Scorer`. write: False
+    leaves the file out.
     """
     began = time.perf_counter()
-    with _hushed() if again else nullcontext():
-        found = request.score(scorer)
-    device = jax.devices()[0]
+    found = ask(scorer, questions)
     provenance = {
-        "source": source,
-        "weights": weights,
+        **computed_on(scorer.params, source=of.source, weights=of.weights),
         "parameters": parameters.count(scorer.config, embedding=False),
         "tasks": sorted(request.names),
         "num_fewshot": request.num_fewshot,
         "limit": request.limit,
-        "pythia_jax": pythia_jax.__version__,
-        "jax": jax.__version__,
-        "device_kind": device.device_kind,
-        "devices": jax.device_count(),
+        "task_hashes": questions.hashes,
         "seconds": round(time.perf_counter() - began, 3),
     }
-    repo = source.partition(" ")[0]
-    fault = None
-    if step is not None and repo.startswith("EleutherAI/"):
-        fault = suite.bad_revision(repo, step)
-    if tokens_per_step is not None:
-        provenance["tokens_per_step"] = tokens_per_step
-    if fault is not None:
-        provenance["known_fault"] = fault
-    where = {"model_name": name, "step": step, "num_fewshot": request.num_fewshot}
-    if is_first():
-        results.write(folder, found, **where, provenance=provenance)
-    return results.path_of(folder, **where), found
+    if of.tokens_per_step is not None:
+        provenance["tokens_per_step"] = of.tokens_per_step
+    repo = of.source.partition(" ")[0]
+    if of.step is not None and repo.startswith("EleutherAI/"):
+        fault = suite.bad_revision(repo, of.step)
+        if fault is not None:
+            provenance["known_fault"] = fault
+    if write and is_first():
+        results.write(
+            folder,
+            {**found, "config": {**found["config"], "model_args": of.arguments}},
+            model_name=of.name,
+            step=of.step,
+            num_fewshot=request.num_fewshot,
+            provenance=provenance,
+        )
+    return found
 
 
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """The harness without its warnings: there are several for each task."""
-    theirs = logging.getLogger("lm_eval")
-    before = theirs.level
-    theirs.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        theirs.setLevel(before)
-
-
-def already(
-    folder: Path, request: Request, *, name: str, step: int, source: str, weights: str | None
+def scored_before(
+    folder: Path, request: Request, questions: Questions, of: Checkpoint
 ) -> dict[str, Any] | None:
     """What the file of a checkpoint holds, if it is there and answers the request; None if not.
 
-    weights: their hash, where it is known; else it must be of the same source.
+    Where the hash of the weights is not known, the file must be of the same source.
 
-    Raises ValueError, which says what differs, for a file of something else.
+    Raises OtherWeightsError for a file of other weights, and ValueError for one that was asked
+    otherwise or was not written here; both say what differs.
     """
-    path = results.path_of(folder, model_name=name, step=step, num_fewshot=request.num_fewshot)
+    path = of.path(folder, request)
     if not path.is_file():
         return None
-    away = "choose another folder for the results, or move the file away"
     try:
         content = json.loads(path.read_bytes())
-        kept = ("source", "weights", "tasks", "limit")
+        kept = ("source", "weights", "tasks", "limit", "task_hashes")
         before = {key: content[results.PROVENANCE][key] for key in kept}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: is there, and was not written by a sweep; {away}") from None
-    if weights is not None and before["weights"] != weights:
-        raise ValueError(f"{path}: holds scores of other weights, of {before['source']}; {away}")
-    if weights is None and before["source"] != source:
-        raise ValueError(f"{path}: holds scores of {before['source']}, not of {source}; {away}")
-    missing = sorted(set(request.names) - set(before["tasks"]))
+        hashes = {task: (x["settings"], x["rows"]) for task, x in before["task_hashes"].items()}
+        versions = dict(content["versions"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: is there, and was not written by a sweep; {AWAY}") from None
+    if of.weights is not None and before["weights"] != of.weights:
+        raise OtherWeightsError(
+            f"{path}: holds scores of other weights, of {before['source']}; {AWAY}"
+        )
+    if of.weights is None and before["source"] != of.source:
+        raise OtherWeightsError(
+            f"{path}: holds scores of {before['source']}, not of {of.source}; {AWAY}"
+        )
+    missing = {*request.names} - {*before["tasks"]} | questions.hashes.keys() - hashes.keys()
     if missing:
-        raise ValueError(f"{path}: holds no scores on {', '.join(missing)}; {away}")
+        raise ValueError(f"{path}: holds no scores on {', '.join(sorted(missing))}; {AWAY}")
     if before["limit"] != request.limit:
         was, now = (_limit(limit) for limit in (before["limit"], request.limit))
-        raise ValueError(f"{path}: holds scores on {was} questions of each task, not {now}; {away}")
+        raise ValueError(f"{path}: holds scores on {was} questions of each task, not {now}; {AWAY}")
+    changed = _changed(questions, versions, hashes)
+    if changed:
+        raise ValueError(f"{path}: holds scores on other questions: {'; '.join(changed)}; {AWAY}")
     return content
 
 
-def known_tokens_per_step(facts: Mapping[str, Any]) -> int | None:
-    """By what is known of a model's training; None of one that we did not train."""
-    batch, length = facts.get("training.batch_size"), facts.get("data.sequence_length")
-    return None if batch is None or length is None else batch * length
+def _changed(
+    questions: Questions, versions: dict[str, Any], hashes: dict[str, tuple[str, str]]
+) -> list[str]:
+    """In words, which tasks are not what they were as a file was written."""
+    changed = []
+    for task, now in questions.hashes.items():
+        was, version = versions.get(names.task_name(task)), questions.versions[task]
+        settings, rows = hashes[task]
+        if was != version:
+            changed.append(f"{task} was of version {was}, is of {version}")
+        elif settings != now["settings"]:
+            changed.append(f"the task file of {task} says something else now")
+        elif rows != now["rows"]:
+            changed.append(f"the rows of {task} are others now")
+    return changed
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """While scores are written into a folder of one model, nobody else does.
+
+    Raises BlockingIOError, which says so, where another process is at it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder / ".sweep.lock", seconds=0))
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"{folder}: another sweep, or a run that scores as it trains, is writing there; "
+                "wait for it to end"
+            ) from None
+        yield
 
 
 def _limit(limit: int | None) -> str:

@@ -212,11 +212,9 @@ class Scorer:
         stop_at_eod: end a row with its first end-of-document token, which is returned. finished:
             asked every now and then whether a row's new tokens are enough; a row may get more.
 
-        Raises ValueError for an empty prompt, one that does not fit the context together with
-        max_new_tokens, and on several processes.
+        Raises ValueError for an empty prompt, and one that does not fit the context together with
+        max_new_tokens.
         """
-        if jax.process_count() > 1:
-            raise ValueError("text is generated in one process; this run has several")
         model = _Weights(self.params, self.config, self.model.eod if stop_at_eod else -1)
         new: list[list[int]] = [[] for _ in prompts]
         left = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))

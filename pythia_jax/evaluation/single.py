@@ -1,14 +1,21 @@
 """One checkpoint, of any kind, scored on tasks."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-from pythia_jax.bridge import hf_config, load
-from pythia_jax.data.storage import is_url
-from pythia_jax.evaluation import results
-from pythia_jax.evaluation.revisions import name_of, on_all_devices, weights_hash
-from pythia_jax.evaluation.scored import Request, known_tokens_per_step, score_into
+from pythia_jax.bridge.revisions import (
+    arguments_of,
+    is_run,
+    is_told_its_step,
+    known_tokens_per_step,
+    load_at,
+    name_of,
+    on_all_devices,
+    weights_hash,
+)
+from pythia_jax.evaluation.scored import Checkpoint, Request, ask, score_into
+from pythia_jax.training.agreement import all_say
+from pythia_jax.training.pod import is_first
 
 
 def evaluate_one(
@@ -31,32 +38,28 @@ def evaluate_one(
     """
     from pythia_jax.evaluation.scoring import Scorer
 
-    request.check()
-    told = not is_url(model) and hf_config.is_hf_folder(Path(model))
-    if told and step is not None and out is None:
+    if step is not None and out is None and is_told_its_step(model):
         raise ValueError(f"{model}: is one checkpoint, so step {step} chooses none; drop it")
+    questions = request.questions()
     with on_all_devices():
-        loaded = load(model, revision=revision, step=None if told else step)
-        if told and step is not None:
-            loaded = dataclasses.replace(loaded, step=step)
+        loaded = load_at(model, revision=revision, step=step)
         if out is None:
-            return request.score(Scorer(loaded, batch_rows=batch_size)), None
-        name = name_of(model)
-        path = results.path_of(
-            out, model_name=name, step=loaded.step, num_fewshot=request.num_fewshot
-        )
-        if path.exists():
-            raise FileExistsError(
-                f"{path}: is there already; move it away, or choose another --out"
-            )
-        path, found = score_into(
-            out,
-            request,
-            Scorer(loaded, batch_rows=batch_size),
-            name=name,
+            return ask(Scorer(loaded, batch_rows=batch_size), questions), None
+        # A run's newest is of the step that it was found to be of; what others are was said.
+        at = loaded.step if step is None and is_run(model) else step
+        of = Checkpoint(
+            name=name_of(model),
             step=loaded.step,
             source=loaded.source,
+            arguments=arguments_of(model, revision=revision, step=at),
             weights=weights_hash(loaded.params),
             tokens_per_step=known_tokens_per_step(loaded.facts),
         )
-        return found, path
+        path = of.path(out, request)
+        # The first process writes, and its folder may be its own.
+        if not all_say(not (is_first() and path.exists())):
+            raise FileExistsError(
+                f"{path}: is there already; move it away, or choose another --out"
+            )
+        scorer = Scorer(loaded, batch_rows=batch_size)
+        return score_into(out, request, questions, scorer, of), path

@@ -4,9 +4,10 @@ Each checkpoint's results are written when it is done, in the layout of the publ
 has its file is not scored again: so a sweep that was killed goes on where it stopped.
 """
 
+import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,25 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pythia_jax.bridge.model import Model
-from pythia_jax.evaluation import results
-from pythia_jax.evaluation.revisions import (
+from pythia_jax.bridge.revisions import (
     Loading,
     Source,
     chosen,
+    known_tokens_per_step,
     on_all_devices,
     source_of,
     weights_hash,
 )
-from pythia_jax.evaluation.scored import Request, already, known_tokens_per_step, score_into
-from pythia_jax.files import locked
+from pythia_jax.evaluation.questions import Questions
+from pythia_jax.evaluation.scored import (
+    Checkpoint,
+    Request,
+    alone_in,
+    score_into,
+    scored_before,
+)
+from pythia_jax.training.agreement import all_say, from_first
+from pythia_jax.training.pod import is_first
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +47,13 @@ PASSED_OVER = (ValueError, OSError)
 class Swept:
     """What came of a sweep, by step.
 
-    folder: where the files are. written: scored now. there: scored before, and passed over.
+    folder: where the files are. written: scored now. skipped: scored before.
     failed: why a checkpoint could not be loaded.
     """
 
     folder: Path
     written: dict[int, Path] = field(default_factory=dict)
-    there: dict[int, Path] = field(default_factory=dict)
+    skipped: dict[int, Path] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
 
 
@@ -67,52 +76,85 @@ def sweep(
     include_path: a folder of further task files.
 
     On the mesh around us, or all devices. Two sets of weights are held at most. A checkpoint that
-    cannot be loaded is passed over, and told in `failed`.
+    cannot be loaded is passed over, and told in `failed`. Of several processes all call it, and the
+    first writes.
 
     Raises FileNotFoundError or ValueError, before anything is scored, for a model, steps or tasks
     that are not there, and where a file of `out` holds other scores than are asked for;
-    RuntimeError where another sweep is at work in the same folder, or lm_eval is not installed.
+    BlockingIOError where another sweep is at work in the same folder, RuntimeError where lm_eval is
+    not installed.
     """
     request = Request(tuple(tasks), num_fewshot, limit, include_path)
     source = source_of(model)
     request.check()
     steps = chosen(revisions, source)
     out = Path(out)
-    first = results.path_of(out, model_name=source.name, step=steps[0], num_fewshot=num_fewshot)
-    done = Swept(first.parent)
-    done.folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(done.folder), on_all_devices() as mesh, logging_redirect_tqdm():
-        for step in steps:
-            about = {"source": source.called(step), "weights": source.weights(step)}
-            if already(out, request, name=source.name, step=step, **about) is not None:
-                done.there[step] = results.path_of(
-                    out, model_name=source.name, step=step, num_fewshot=num_fewshot
-                )
-        left = [step for step in steps if step not in done.there]
-        if done.there:
-            log.info("%s: %d checkpoints have their results already", source.name, len(done.there))
+    about = {
+        step: Checkpoint(
+            source.name, step, source.called(step), source.arguments(step), source.weights(step)
+        )
+        for step in steps
+    }
+    paths = {step: of.path(out, request) for step, of in about.items()}
+    questions = request.questions()
+    done = Swept(paths[steps[0]].parent)
+    with on_all_devices() as mesh, ExitStack() as held, logging_redirect_tqdm():
+        skipped = _begin(held, out, done.folder, request, questions, about)
+        done.skipped.update((step, paths[step]) for step in skipped)
+        left = {step: of for step, of in about.items() if step not in done.skipped}
+        if skipped:
+            log.info("%s: %d checkpoints have their results already", source.name, len(skipped))
         with tqdm(left, desc=source.name, unit="checkpoint", disable=not show_progress) as bar:
-            _score_all(source, left, request, out, done, mesh, bar)
+            _score_all(source, left, (out, request, questions), done, mesh, bar)
     return done
+
+
+def _begin(
+    held: ExitStack,
+    out: Path,
+    folder: Path,
+    request: Request,
+    questions: Questions,
+    checkpoints: Mapping[int, Checkpoint],
+) -> list[int]:
+    """Take the folder for ourselves, until `held` is closed; the steps that are scored already.
+
+    The first process looks, and speaks for all of them.
+    """
+    there: list[int] = []
+    error: Exception | None = None
+    if is_first():
+        try:
+            held.enter_context(alone_in(folder))
+            there = [
+                step
+                for step, of in checkpoints.items()
+                if scored_before(out, request, questions, of) is not None
+            ]
+        except (ValueError, OSError) as raised:
+            error = raised
+    if not all_say(error is None):
+        raise error or RuntimeError(f"{folder}: the first process says what is wrong")
+    return from_first(there)
 
 
 def _score_all(
     source: Source,
-    steps: list[int],
-    request: Request,
-    out: Path,
+    left: Mapping[int, Checkpoint],
+    asked: tuple[Path, Request, Questions],
     done: Swept,
     mesh: Mesh,
     bar: Any,
 ) -> None:
-    scorers, seen, ahead = _Scorers(), dict[str, int](), list(steps)
+    out, request, questions = asked
+    scorers, seen, ahead = _Scorers(), dict[str, int](), list(left)
 
     def load_next() -> Loading | None:
         return Loading(source, ahead.pop(0), mesh) if ahead else None
 
     coming = load_next()
     try:
-        for step in steps:
+        for step, of in left.items():
             assert coming is not None
             bar.set_postfix_str(f"step {step}")
             try:
@@ -125,21 +167,13 @@ def _score_all(
                 continue
             scorer, weights = scorers.of(model), weights_hash(model.params)
             per_step = known_tokens_per_step(model.facts)
+            of = dataclasses.replace(of, weights=weights, tokens_per_step=per_step)
             # Before the next is read: it and those being scored are all that is held.
             del model
             coming = load_next()
             _warn_of_same(source, step, seen.setdefault(weights, step))
-            done.written[step], _ = score_into(
-                out,
-                request,
-                scorer,
-                name=source.name,
-                step=step,
-                source=source.called(step),
-                weights=weights,
-                tokens_per_step=per_step,
-                again=bool(done.written),
-            )
+            score_into(out, request, questions, scorer, of)
+            done.written[step] = of.path(out, request)
             bar.update()
     finally:
         if coming is not None:
@@ -177,14 +211,3 @@ def _warn_of_same(source: Source, step: int, before: int) -> None:
     if (before, step) == (0, 1):
         why = ", as in all of Pythia: the first update has learning rate 0 (pythia#83)"
     log.warning("%s: step%d and step%d hold the same weights%s", source.name, before, step, why)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    try:
-        with locked(folder / ".sweep.lock", seconds=0):
-            yield
-    except BlockingIOError:
-        raise RuntimeError(
-            f"{folder}: another sweep is writing there; wait for it to end"
-        ) from None

@@ -66,25 +66,39 @@ def folders(include_path: str | Path | None) -> list[Path]:
 def manager(names: Iterable[str], include_path: str | Path | None = None) -> "TaskManager":
     """An index in which all of these names are found. Raises as `check` does."""
     names = list(names)
-    own = _index(tuple(folders(include_path)), False)
+    where = tuple(folders(include_path))
+    own = _index(where, _files(where), False)
     # Reading the harness's thousands of files takes seconds, and is left out where nothing of
     # theirs is asked for. A group of ours may have tasks of theirs in it.
     if set(names) <= set(own.all_subtasks):
         return own
-    whole = _index(tuple(folders(include_path)), True)
+    whole = _index(where, _files(where), True)
     # Not a pattern either: what is asked for names results, and decides what is there already.
     unknown = sorted(set(names) - set(whole.all_tasks))
     if unknown:
-        where = "" if include_path is None else f", nor are they in {include_path}"
+        nor = "" if include_path is None else f", nor are they in {include_path}"
+        help_ = "`pythia-jax evaluate ls tasks` lists them"
+        if any(name.endswith((".yaml", ".yml")) for name in unknown):
+            help_ = (
+                "a task file goes by the name after `task:` in it, and its folder by include_path "
+                "(--include-path)"
+            )
         raise ValueError(
-            f"tasks that the harness does not have: {', '.join(unknown)}{where}; "
-            "`pythia-jax evaluate ls tasks` lists them"
+            f"tasks that the harness does not have: {', '.join(unknown)}{nor}; {help_}"
         )
     return whole
 
 
+def _files(folders: Iterable[Path]) -> tuple[tuple[str, int], ...]:
+    """What folders of task files hold, and of when each file is: an index is of just that."""
+    found = (path for folder in folders for path in folder.rglob("*.y*ml"))
+    return tuple(sorted((str(path), path.stat().st_mtime_ns) for path in found))
+
+
 @functools.lru_cache(maxsize=4)
-def _index(paths: tuple[Path, ...], include_defaults: bool) -> "TaskManager":
+def _index(
+    paths: tuple[Path, ...], files: tuple[tuple[str, int], ...], include_defaults: bool
+) -> "TaskManager":
     try:
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError:

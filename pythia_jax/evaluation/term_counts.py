@@ -29,7 +29,8 @@ from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
 
 from pythia_jax.data import Batches
-from pythia_jax.evaluation.term_windows import Counts, Decode, count_texts, decoder, merged
+from pythia_jax.evaluation.sidecars import differing
+from pythia_jax.evaluation.term_windows import Decode, TermCounts, count_texts, decoder, merged
 from pythia_jax.files import write_whole
 
 TASK_ROWS = 1024
@@ -51,6 +52,7 @@ def count(
     stop: int,
     *,
     about: Mapping[str, Any],
+    name: str | None = None,
     every: int = 1000,
     workers: int = 1,
     clean_up: bool = False,
@@ -65,6 +67,7 @@ def count(
         tokenizer: that they were written with.
         folder: made if need be; gets `steps-000000-001000.npz` and so on.
         about: what the counts depend on besides the steps, as JSON can hold it; kept in every file.
+        name: of the run, if it has one; kept too, though runs of the same rows may share a folder.
         every: files end at multiples of it, so that counts are known up to there.
         workers: processes; 1 is this one.
         clean_up: see `count_texts`.
@@ -94,7 +97,7 @@ def count(
         for part in parts
         for first in range(part.start, part.stop, per_task)
     ]
-    rows, found, ends = 0, list[Counts](), {part.stop: part for part in parts}
+    rows, found, ends = 0, list[TermCounts](), {part.stop: part for part in parts}
     for steps, counts in _counted(tasks, batches, tokenizer, clean_up, workers):
         found.append(counts)
         rows += counts.rows
@@ -104,14 +107,14 @@ def count(
         if part is not None or len(found) == _MERGE_EVERY:
             found = [merged(found)]
         if part is not None:
-            _write(folder, part, found[0], about)
+            _write(folder, part, found[0], about, name)
             found = []
     return rows
 
 
 def _counted(
     tasks: list[range], batches: Batches, tokenizer: Tokenizer, clean_up: bool, workers: int
-) -> Iterator[tuple[range, Counts]]:
+) -> Iterator[tuple[range, TermCounts]]:
     """Every task with its counts, in order."""
     if workers == 1 or len(tasks) < 2:
         decode = decoder(tokenizer)
@@ -120,7 +123,7 @@ def _counted(
         return
     given = (batches, tokenizer.to_str(), clean_up)
     workers = min(workers, len(tasks))
-    waiting: deque[tuple[range, Future[Counts]]] = deque()
+    waiting: deque[tuple[range, Future[TermCounts]]] = deque()
     # Started afresh: a fork of a process that runs threads, as JAX does, may hang.
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_process, given) as executor:
         try:
@@ -143,7 +146,7 @@ def _counted(
                 future.cancel()
 
 
-def _count_steps(batches: Batches, decode: Decode, clean_up: bool, steps: range) -> Counts:
+def _count_steps(batches: Batches, decode: Decode, clean_up: bool, steps: range) -> TermCounts:
     texts = (decode(row) for step in steps for row in batches[step])
     return count_texts(texts, clean_up=clean_up)
 
@@ -157,7 +160,7 @@ def _start_process(batches: Batches, tokenizer: str, clean_up: bool) -> None:
     _in_process = batches, decoder(Tokenizer.from_str(tokenizer)), clean_up
 
 
-def _count_in_process(steps: range) -> Counts:
+def _count_in_process(steps: range) -> TermCounts:
     return _count_steps(*_in_process, steps)
 
 
@@ -171,7 +174,7 @@ class _Part(NamedTuple):
         return f"steps {self.start} to {self.stop} (not included)"
 
 
-def read(folder: PathLike, step: int, start: int = 0) -> Counts:
+def read(folder: PathLike, step: int, start: int = 0) -> TermCounts:
     """Counts of all rows of steps `start` to `step` (not included): what a checkpoint had seen.
 
     Raises FileNotFoundError for steps that are not counted, ValueError where the files do not end
@@ -196,6 +199,19 @@ def read_at(folder: PathLike, keys: ArrayLike, steps: Sequence[int]) -> NDArray[
             if part.stop <= step:
                 row += found
     return seen
+
+
+def read_about(folder: PathLike) -> tuple[dict[str, Any], str | None]:
+    """What the counts of a folder depend on, as it was given to `count`, and the name of a run.
+
+    Raises FileNotFoundError where there are none, ValueError for a damaged file.
+    """
+    folder = Path(folder)
+    parts = _parts(folder) if folder.is_dir() else []
+    if not parts:
+        raise FileNotFoundError(f"{folder}: no such folder of counts")
+    with _opened(parts[0]) as held:
+        return json.loads(str(held["about"])), str(held["name"]) or None
 
 
 def _parts(folder: Path) -> list[_Part]:
@@ -252,18 +268,17 @@ def _left(folder: Path, about: Mapping[str, Any], start: int, stop: int, every: 
 
 
 def _check_same(part: _Part, about: Mapping[str, Any], named: str) -> None:
-    there, now = _about(part), json.loads(json.dumps(about))
-    differing = sorted(key for key in {**there, **now} if there.get(key) != now.get(key))
-    if differing:
+    others = differing(_about(part), json.loads(json.dumps(about)))
+    if others:
         raise ValueError(
-            f"{part.path}: holds counts of something else than {named} (these differ: "
-            f"{', '.join(differing)}); keep them in folders of their own"
+            f"{part.path}: holds counts of something else than {named}: {'; '.join(others)}; keep "
+            "them in folders of their own"
         )
 
 
-def _load(part: _Part) -> Counts:
+def _load(part: _Part) -> TermCounts:
     with _opened(part) as held:
-        return Counts(held["keys"], held["counts"], int(held["rows"]))
+        return TermCounts(held["keys"], held["counts"], int(held["rows"]))
 
 
 def _about(part: _Part) -> dict[str, Any]:
@@ -283,7 +298,9 @@ def _opened(part: _Part) -> Iterator[Any]:
         ) from None
 
 
-def _write(folder: Path, steps: range, counts: Counts, about: Mapping[str, Any]) -> None:
+def _write(
+    folder: Path, steps: range, counts: TermCounts, about: Mapping[str, Any], name: str | None
+) -> None:
     content = io.BytesIO()
     np.savez_compressed(
         content,
@@ -291,6 +308,7 @@ def _write(folder: Path, steps: range, counts: Counts, about: Mapping[str, Any])
         counts=counts.counts,
         rows=np.int64(counts.rows),
         about=np.array(json.dumps(about, sort_keys=True)),
+        name=np.array(name or ""),
     )
     name = f"steps-{steps.start:06d}-{steps.stop:06d}.npz"
     write_whole(folder / name, content.getvalue())

@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pythia_jax import suite
+from pythia_jax.evaluation import figures
 from pythia_jax.evaluation.names import model_name
-from pythia_jax.evaluation.term_frequency import COLUMNS, Point
+from pythia_jax.evaluation.term_frequency import COLUMNS, CountedScore
 from pythia_jax.files import write_whole
 
-PICTURES = (".png", ".svg")
 GROUPS = 10
 """Groups of numbers, from the rarest to the commonest, whose mean a line goes through."""
 
 
-def gap(points: Sequence[Point]) -> float:
+def gap(points: Sequence[CountedScore]) -> float:
     """Mean accuracy on the tenth of the numbers that were seen most, less that on the tenth seen
     least: the paper's measure, after Razeghi et al. (2022)."""
     ordered = sorted(points, key=lambda point: point.count)
@@ -32,11 +32,13 @@ def gap(points: Sequence[Point]) -> float:
     )
 
 
-def checkpoints(points: Iterable[Point]) -> list[tuple[tuple[str, str, int, int], list[Point]]]:
+def checkpoints(
+    points: Iterable[CountedScore],
+) -> list[tuple[tuple[str, str, int, int], list[CountedScore]]]:
     """The points of each (model, operation, shots, step), in this order; models by size."""
     sizes = list(suite.SUITE)
 
-    def of(point: Point) -> tuple[int, str, str, int, int]:
+    def of(point: CountedScore) -> tuple[int, str, str, int, int]:
         score = point.score
         size = model_name(score.model).size
         place = sizes.index(size) if size in sizes else len(sizes)
@@ -45,7 +47,7 @@ def checkpoints(points: Iterable[Point]) -> list[tuple[tuple[str, str, int, int]
     return [(key[1:], list(group)) for key, group in groupby(sorted(points, key=of), key=of)]
 
 
-def write(points: Sequence[Point], out: str | Path) -> Path:
+def write(points: Sequence[CountedScore], out: str | Path) -> Path:
     """Draw points to a `.png` or `.svg`, or write them to a `.csv`, with a column `count`.
 
     A picture has a panel for each model, operation and number of shots, and in it a line for each
@@ -56,9 +58,7 @@ def write(points: Sequence[Point], out: str | Path) -> Path:
     out = Path(out)
     if not points:
         raise ValueError("there are no scores to plot")
-    if out.suffix not in (*PICTURES, ".csv"):
-        raise ValueError(f"{out}: what is to be written? Name a .png, .svg or .csv")
-    if out.suffix == ".csv":
+    if figures.check(out, table=True) == figures.TABLE:
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow((*COLUMNS, "count"))
@@ -68,13 +68,11 @@ def write(points: Sequence[Point], out: str | Path) -> Path:
             writer.writerow((*values, point.count))
         write_whole(out, text.getvalue().encode())
     else:
-        content = io.BytesIO()
-        figure(points).savefig(content, format=out.suffix[1:], dpi=150)
-        write_whole(out, content.getvalue())
+        figures.save(figure(points), out)
     return out
 
 
-def figure(points: Sequence[Point]) -> Any:
+def figure(points: Sequence[CountedScore]) -> Any:
     """The picture as a `matplotlib.figure.Figure`."""
     # Slow to import, and only wanted here.
     from matplotlib import colormaps

@@ -13,16 +13,17 @@ digits count, each by itself and with each other; in a window of a unit, each wi
 """
 
 import itertools
-import json
 import re
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
+
+from pythia_jax.evaluation.token_bytes import bytes_of_tokens, is_byte_level
 
 UNITS = ("minute", "hour", "day", "week", "month", "year", "decade")
 
@@ -50,7 +51,7 @@ Decode = Callable[[NDArray[Any]], str]
 
 
 @dataclass(frozen=True, eq=False)
-class Counts:
+class TermCounts:
     """How often each thing was seen in a number of rows.
 
     keys: sorted, each once, int64. counts: as many, int64.
@@ -99,7 +100,7 @@ class Counts:
 
 
 def number_key(number: int) -> int:
-    """The key of a number by itself in `Counts`."""
+    """The key of a number by itself in `TermCounts`."""
     return _checked(number) << _SHIFT | _ALONE
 
 
@@ -121,7 +122,7 @@ def _checked(number: int) -> int:
     return number
 
 
-def merged(parts: Iterable[Counts]) -> Counts:
+def merged(parts: Iterable[TermCounts]) -> TermCounts:
     """Counts of all rows of several."""
     parts = list(parts)
     if not parts:
@@ -131,19 +132,19 @@ def merged(parts: Iterable[Counts]) -> Counts:
     return _summed(keys, counts, sum(part.rows for part in parts))
 
 
-def _summed(keys: NDArray[np.int64], counts: NDArray[np.int64] | None, rows: int) -> Counts:
+def _summed(keys: NDArray[np.int64], counts: NDArray[np.int64] | None, rows: int) -> TermCounts:
     """Counts of keys in any order; each counts once where no counts are given."""
     if not len(keys):
-        return Counts(keys, np.zeros(0, np.int64), rows)
+        return TermCounts(keys, np.zeros(0, np.int64), rows)
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     begins = np.flatnonzero(np.diff(keys, prepend=keys[0] - 1))
     if counts is None:
-        return Counts(keys[begins], np.diff(begins, append=len(keys)), rows)
-    return Counts(keys[begins], np.add.reduceat(counts[order], begins), rows)
+        return TermCounts(keys[begins], np.diff(begins, append=len(keys)), rows)
+    return TermCounts(keys[begins], np.add.reduceat(counts[order], begins), rows)
 
 
-def count_texts(texts: Iterable[str], *, clean_up: bool = False) -> Counts:
+def count_texts(texts: Iterable[str], *, clean_up: bool = False) -> TermCounts:
     """Counts of the decoded text of rows.
 
     clean_up: drop the space before punctuation and contractions first, as transformers did to what
@@ -175,31 +176,13 @@ def _add_windows(text: str, keys: list[int]) -> None:
 def decoder(tokenizer: Tokenizer) -> Decode:
     """What `tokenizer.decode(ids, skip_special_tokens=False)` gives, three times as fast where its
     decoder joins bytes, as GPT-NeoX's does."""
-    decoder = json.loads(tokenizer.to_str())["decoder"]
-    if decoder is None or decoder["type"] != "ByteLevel":
+    if not is_byte_level(tokenizer):
         return lambda ids: tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-    byte_of = _bytes_of_characters()
-    size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-    names = map(tokenizer.id_to_token, range(size))
-    table = [_bytes(name, byte_of) for name in names]
+    table = bytes_of_tokens(tokenizer)
+    size = len(table)
 
     def decode(ids: NDArray[Any]) -> str:
         # The library passes over ids that it does not know.
         return b"".join([table[i] for i in ids.tolist() if i < size]).decode("utf-8", "replace")
 
     return decode
-
-
-def _bytes(name: str | None, byte_of: Mapping[str, int]) -> bytes:
-    """What a token stands for: bytes written as characters, or, if any is none, its own text."""
-    try:
-        return bytes(byte_of[character] for character in name or "")
-    except KeyError:
-        return (name or "").encode()
-
-
-def _bytes_of_characters() -> dict[str, int]:
-    """Byte-level BPE's alphabet: printable Latin-1 as it is, other bytes from U+0100 on."""
-    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in shown]
-    return {chr(b): b for b in shown} | {chr(0x100 + i): b for i, b in enumerate(others)}

@@ -200,7 +200,8 @@ def _generate(
         return step + 1, token, ended | (token == eod), new, keys, values
 
     start = (jnp.int32(1), first, first == eod, new.at[:, 0].set(first), keys, values)
-    return jax.lax.while_loop(unfinished, advance, start)[3]
+    made = jax.lax.while_loop(unfinished, advance, start)[3]
+    return sharding.constrain(made, ("seq", "seq"))  # to every device, and so to every process
 
 
 def greedy(

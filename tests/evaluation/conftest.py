@@ -11,11 +11,11 @@ from pythia_jax.evaluation import scored
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Grows by one for each time that weights are scored."""
     calls: list[Any] = []
-    score = scored.Request.score
+    ask = scored.ask
 
-    def counting(self: scored.Request, scorer: Any) -> dict[str, Any]:
+    def counting(scorer: Any, questions: Any) -> dict[str, Any]:
         calls.append(scorer)
-        return score(self, scorer)
+        return ask(scorer, questions)
 
-    monkeypatch.setattr(scored.Request, "score", counting)
+    monkeypatch.setattr(scored, "ask", counting)
     return calls

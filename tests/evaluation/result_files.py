@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "published_evals"
+PUBLISHED = Path(__file__).parent / "published"
+"""Files published with Pythia (github.com/EleutherAI/pythia, evals), by their names and places
+there: their numbers of a few tasks and, of the settings of GPT-NeoX, those that are read."""
+GIVEN = Path(__file__).parents[3] / "shared" / "data" / "published_evals"
+"""Whole files, where they lie beside this repository."""
 
 
 def old_file(

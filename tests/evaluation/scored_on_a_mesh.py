@@ -1,23 +1,28 @@
-"""Scores and texts on eight devices beside the same on one; `test_scoring.py` runs this in a
-process of its own, since the number of devices is fixed when JAX starts.
+"""Scores and texts on meshes of eight devices; `test_scoring.py` runs this in a process of its own,
+since the number of devices is fixed when JAX starts.
 
-Prints one JSON object: mesh → [largest difference of a log-probability, answers whose greedy flag
-differs, prompts whose text differs, programs compiled for other weights].
+    python scored_on_a_mesh.py GIVEN
+
+GIVEN: a pickle of parameters, config, requests and prompts. Prints one JSON object:
+mesh → [scores, texts, how many programs were compiled for other weights].
 """
 
 import contextlib
 import json
 import logging
+import pickle
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
-import numpy as np
-from small_models import random_model
-from test_scoring import requests_of_every_kind
 
 from pythia_jax import sharding
+from pythia_jax.bridge.model import Model
 from pythia_jax.configs import MeshConfig
-from pythia_jax.evaluation import scoring
+from pythia_jax.evaluation.scoring import Scorer
+
+MESHES = ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
 
 
 @contextlib.contextmanager
@@ -37,32 +42,19 @@ def compilations() -> Iterator[list[str]]:
 
 
 def main() -> None:
-    model = random_model()
-    # One way a device may be asked for more than all others: rows are few, and unequal.
-    requests = requests_of_every_kind(model.config)
-    prompts = [context[:40] for context, _ in requests[::17]]
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
-        one = scoring.Scorer(model)
-        scores, texts = one.loglikelihoods(requests), one.greedy(prompts, 12)
+    params, config, requests, prompts = pickle.loads(Path(sys.argv[1]).read_bytes())
     report = {}
-    for name, config in {
-        "fsdp": MeshConfig(),
-        "data x fsdp x tensor": MeshConfig(data=2, fsdp=4, tensor=1),
-    }.items():
-        with jax.set_mesh(sharding.make_mesh(config)):
-            scorer = scoring.Scorer(model)
-            found, made = scorer.loglikelihoods(requests), scorer.greedy(prompts, 12)
-            other = jax.tree.map(lambda x: 2 * x, model.params)
+    for axes in MESHES:
+        with jax.set_mesh(sharding.make_mesh(MeshConfig(**axes))):
+            scorer = Scorer(Model(params, config, {}))
+            scores, texts = scorer.loglikelihoods(requests), scorer.greedy(prompts, 12)
+            other = jax.tree.map(lambda x: 2 * x, scorer.params)
             with compilations() as compiled:
                 replaced = scorer.replace(other)
                 replaced.loglikelihoods(requests)
                 replaced.greedy(prompts, 12)
-        report[name] = [
-            max(abs(a - b) for (a, _), (b, _) in zip(scores, found, strict=True)),
-            sum(a != b for (_, a), (_, b) in zip(scores, found, strict=True)),
-            int(np.sum([a != b for a, b in zip(texts, made, strict=True)])),
-            len(compiled),
-        ]
+        name = ", ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1)
+        report[name] = [scores, texts, len(compiled)]
     print(json.dumps(report))
 
 

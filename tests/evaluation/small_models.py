@@ -37,10 +37,10 @@ def tokenizer_files() -> dict[str, bytes]:
     return {"tokenizer.json": bpe.small([TEXT]).to_str().encode()}
 
 
-def random_model(seed: int = 0) -> Model:
+def random_model(seed: int = 0, config: ModelConfig = CONFIG) -> Model:
     """Weights so wide that scores differ from token to token."""
-    params = jax.tree.map(lambda x: 2 * x, random_params(CONFIG, seed))
-    return Model(params, CONFIG, tokenizer_files(), source="a random model")
+    params = jax.tree.map(lambda x: 2 * x, random_params(config, seed))
+    return Model(params, config, tokenizer_files(), source="a random model")
 
 
 def trained_model(steps: int = 80) -> Model:

@@ -1,5 +1,6 @@
 """Scores while a run trains: those of its checkpoints, in its folder and among its metrics."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -10,12 +11,16 @@ import pytest
 from command_line import run
 from swept import make_config, write_task
 
+import pythia_jax as pj
 from launch.local_pod import run_pod
 from pythia_jax import configs
+from pythia_jax.bridge.revisions import weights_hash
 from pythia_jax.configs import ConfigError, RunConfig
 from pythia_jax.evaluation import results
 from pythia_jax.evaluation.in_training import FOLDER, evaluator, scores
+from pythia_jax.evaluation.scored import Request, alone_in
 from pythia_jax.evaluation.sweep import sweep
+from pythia_jax.evaluation.tasks import PYTHIA
 from pythia_jax.training.records import read_metrics
 from pythia_jax.training.trainer import train
 
@@ -100,7 +105,7 @@ def test_a_sweep_of_the_checkpoints_gives_the_same(
     for step, path in done.written.items():
         assert json.loads(path.read_bytes())["results"]["animals"] == files(trained)[step]
     there = sweep(str(place(trained)), out=place(trained) / FOLDER, **how)
-    assert sorted(there.there) == [0, 1, 3, 6] and len(counted) == 4
+    assert sorted(there.skipped) == [0, 1, 3, 6] and len(counted) == 4
 
 
 def test_scoring_changes_no_bit_of_the_run(trained: RunConfig, home: Path) -> None:
@@ -199,3 +204,69 @@ def test_several_processes_score_as_one(trained: RunConfig, home: Path) -> None:
         assert sorted(files(config)) == sorted(lines(config)) == [0, 6]
     for name, value in files(trained)[0].items():
         assert files(config)[0][name] == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("typed", ["animals,plants", "animals, plants", ["animals", "plants"]])
+def test_tasks_are_a_list_or_text_with_commas(home: Path, typed: Any) -> None:
+    config = make(home, "refused", tasks=typed)
+    write_task(home / "tasks", "plants")
+    assert Request(config.evaluation.tasks).names == ["animals", "plants"]
+    assert configs.from_dict(configs.to_dict(config)) == config
+    changed = configs.overridden(configs.to_dict(config), {"evaluation.tasks": "pythia"}, "here")
+    assert Request(changed.evaluation.tasks).names == list(PYTHIA)
+
+
+def test_a_fuller_file_of_the_same_weights_stays_and_that_is_told_once(
+    trained: RunConfig, home: Path, counted: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {path: path.read_bytes() for path in (place(trained) / FOLDER).rglob("*.json")}
+    asked = dataclasses.replace(trained.evaluation, limit=2)
+    evaluate = evaluator(dataclasses.replace(trained, evaluation=asked))
+    assert evaluate is not None
+    for step in (0, 3):
+        params = pj.load(place(trained), step=step).params
+        assert set(evaluate(params, step, place(trained))) == {
+            "evals/animals/acc",
+            "evals/animals/acc_norm",
+        }
+    assert len(counted) == 2
+    assert {path: path.read_bytes() for path in before} == before
+    told = [r.getMessage() for r in caplog.records if "scores go to metrics.jsonl alone" in r.msg]
+    assert len(told) == 1 and "on all questions of each task, not the first 2" in told[0]
+
+
+def test_a_file_of_other_weights_is_written_over(
+    trained: RunConfig, home: Path, tmp_path: Path
+) -> None:
+    (path,) = (place(trained) / FOLDER).rglob("*_step3.json")
+    evaluate = evaluator(trained)
+    assert evaluate is not None
+    file = tmp_path / path.relative_to(place(trained))
+    file.parent.mkdir(parents=True)
+    file.write_bytes(path.read_bytes())
+    params = pj.load(place(trained), step=6).params
+    evaluate(params, 3, tmp_path)
+    found = json.loads(file.read_bytes())[results.PROVENANCE]
+    assert found["weights"] == weights_hash(params)
+
+
+def test_a_run_writes_nothing_where_a_sweep_is_at_work(
+    trained: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluate = evaluator(trained)
+    assert evaluate is not None
+    params = pj.load(place(trained), step=6).params
+    of = tmp_path / FOLDER / "whole" / "zero-shot"
+    with alone_in(of):
+        assert evaluate(params, 6, tmp_path)["evals/animals/acc"] == files(trained)[6]["acc"]
+    assert not list(of.glob("*.json")) and "another sweep" in caplog.text
+    evaluate(params, 6, tmp_path)
+    assert [path.name for path in of.glob("*.json")] == ["whole_step6.json"]
+
+
+def test_rows_that_cannot_be_read_end_a_run_before_it_begins(home: Path) -> None:
+    write_task(home / "gone", "gone")
+    (home / "gone" / "gone.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
+        evaluator(make(home, "refused", tasks=["gone"], include_path=str(home / "gone")))
+    assert not (home / "refused").exists()

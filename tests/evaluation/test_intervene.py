@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pythia_jax.cli.intervene import intervene as command
 from pythia_jax.configs import ConfigError, RunConfig
 from pythia_jax.data import tokenize_texts
 from pythia_jax.evaluation.intervene import intervene, of_base
+from pythia_jax.evaluation.pronouns import PADDING
 from pythia_jax.training.stored import read_about
 from pythia_jax.training.telemetry import read_metrics
 from pythia_jax.training.trainer import train
@@ -44,7 +46,7 @@ def base(tmp_path_factory: Any) -> RunConfig:
     folder = tmp_path_factory.mktemp("base")
     tokenizer = bpe.small(TEXTS, size=300)
     tokenizer.save(str(folder / "tokenizer.json"))
-    tokenize_texts(TEXTS * 3, folder / "corpus", tokenizer, workers=1)
+    tokenize_texts(TEXTS * 3, folder / "corpus", tokenizer, append_eod=True, workers=1)
     config = configs.from_dict(
         {
             "name": "base",
@@ -137,6 +139,52 @@ def test_only_rows_with_a_pronoun_differ_and_only_from_the_start_on(base, tmp_pa
     assert both  # rows of both kinds were there
     one, other = (data.batches(config, "validation")[1] for config in (base, saved))
     np.testing.assert_array_equal(one, other)
+
+
+def kept_runs(tokenizer: Any, row: np.ndarray) -> list[list[int]]:
+    """The tokens of a row before, between and after those that hold a part of a pronoun."""
+    text = tokenizer.decode(row.tolist(), skip_special_tokens=False)
+    words = [word for lower in ("he", "him", "his") for word in (lower, lower.capitalize())]
+    spots = [m.span(1) for word in words for m in re.finditer(f" ({word}) ", text)]
+    runs, end = [[]], 0
+    for token in row.tolist():
+        begin, end = end, end + len(tokenizer.decode([token], skip_special_tokens=False))
+        if any(begin < stop and start < end for start, stop in spots):
+            runs.append([])
+        else:
+            runs[-1].append(token)
+    return runs
+
+
+def test_rows_differ_only_around_each_swap_or_are_encoded_anew_as_upstream(base, tmp_path) -> None:
+    tokenizer = data.load_tokenizer(str(base.tokenizer))
+    flags: dict[str, Any] = {"step": CUT, "until": LAST, "out": tmp_path / "out"}
+    before = data.batches(base)
+    windows = data.batches(of_base("model", base, transform="swap_pronouns", **flags))
+    whole = data.batches(of_base("model", base, transform="swap_pronouns_upstream", **flags))
+    others = 0
+    for step in range(LAST):
+        for row, near, anew in zip(before[step], windows[step], whole[step], strict=True):
+            text = tokenizer.decode(row.tolist(), skip_special_tokens=False)
+            if step < CUT or swapped(text) == text:
+                assert row.tolist() == near.tolist() == anew.tolist()
+                continue
+            ids = tokenizer.encode(swapped(tokenizer.decode(row.tolist()))).ids
+            assert anew.tolist() == [*ids, *[PADDING] * WIDTH][:WIDTH]
+            # What holds no part of a pronoun stands there in order, as it was; the last of it may
+            # have been moved beyond the row's end.
+            at, runs = 0, kept_runs(tokenizer, row)
+            assert len(runs) > 1 and near[: len(runs[0])].tolist() == runs[0]
+            for kept in filter(None, runs):
+                # A window is of a word or two, so of a few tokens.
+                places = range(at, min(at + 12, WIDTH) + 1)
+                at = next(i for i in places if near[i:][: len(kept)].tolist() == kept[: WIDTH - i])
+                at = min(at + len(kept), WIDTH)
+            left = [token for token in near.tolist() if token != PADDING]
+            found = tokenizer.decode(left, skip_special_tokens=False)
+            assert swapped(text).startswith(found)
+            others += near.tolist() != anew.tolist()
+    assert others  # the two readings are two: upstream's loses the ends of documents
 
 
 def test_training_begins_at_the_base_runs_state_and_sees_the_changed_rows(base, tmp_path) -> None:

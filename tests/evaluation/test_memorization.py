@@ -229,6 +229,60 @@ def test_more_rows_are_added_to_a_file_that_was_whole(
     assert grown == (tmp_path / "whole.csv").read_bytes()
 
 
+def lengthened(config: RunConfig, steps: int, **data: Any) -> RunConfig:
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, **data),
+        training=dataclasses.replace(config.training, steps=steps),
+    )
+
+
+def test_of_a_run_that_was_made_longer_more_rows_are_added_where_they_lie_in_order(
+    model: Model, config: RunConfig, tmp_path: Path
+) -> None:
+    how = {**HOW, "show_progress": False}
+    whole, grown = tmp_path / "whole.csv", tmp_path / "grown.csv"
+    memorization(model, config, whole, stop=40, **how)
+    memorization(model, lengthened(config, 5), grown, stop=20, **how)
+    memorization(model, lengthened(config, 10), grown, stop=40, **how)
+    assert grown.read_bytes() == whole.read_bytes()
+
+
+def test_of_a_longer_run_in_an_order_of_its_own_no_row_is_added(
+    model: Model, config: RunConfig, tmp_path: Path
+) -> None:
+    how, out = {**HOW, "show_progress": False}, tmp_path / "a.csv"
+    run = lengthened(config, 5, order="neox")
+    # The rows are others indeed.
+    assert not np.array_equal(batches(run)[0], batches(lengthened(run, 60))[0])
+    memorization(model, run, out, **how)
+    before = out.read_bytes()
+    for changed, message in (
+        (lengthened(run, 60), r"rows\.training\.steps was 5, is 60"),
+        (lengthened(run, 5, seed=7), r"rows\.data\.seed was 1234, is 7"),
+        (lengthened(run, 5, order="preshuffled"), r"rows\.data\.order was 'neox', is 'presh"),
+    ):
+        with pytest.raises(FileExistsError, match=message):
+            memorization(model, changed, out, **how)
+    assert memorization(model, run, out, **how).stop == KNOWN
+    assert out.read_bytes() == before
+
+
+def test_other_tokens_in_documents_of_the_same_sizes_are_other_rows(
+    model: Model, config: RunConfig, rows: np.ndarray, tmp_path: Path
+) -> None:
+    how, out = {**HOW, "show_progress": False}, tmp_path / "a.csv"
+    with IndexedDatasetWriter(tmp_path / "rows", np.dtype(np.uint16)) as writer:
+        for row in rows[::-1]:
+            writer.add(row.astype(np.uint16))
+    run = lengthened(config, STEPS, order="neox")
+    memorization(model, run, out, **how)
+    other = lengthened(run, STEPS, train=(str(tmp_path / "rows"),))
+    with pytest.raises(FileExistsError, match="tokens_of_batch_0 is not the same") as refused:
+        memorization(model, other, out, **how)
+    assert not any(len(word) > 60 for word in str(refused.value).replace(str(out), "").split())
+
+
 SHARDED = """
 import jax
 from pythia_jax import configs
@@ -315,7 +369,7 @@ def test_a_file_of_other_scores_is_refused_and_stays(
     for asked, how, message in (
         (model, {"continuation_length": 9}, "continuation_length was 10, is 9"),
         (model, {"start": 1}, "start was 0, is 1"),
-        (other, {}, "weights was"),
+        (other, {}, "weights is not the same"),
     ):
         with pytest.raises(FileExistsError, match=f"holds other scores: {message}"):
             memorization(asked, config, out, **{**HOW, **how}, show_progress=False)

@@ -106,10 +106,3 @@ def test_the_picture_is_drawn_whole(tmp_path: Path, suffix: str, share: float) -
     assert plot(path, tmp_path / f"b.{suffix}", rows_per_step=32).rate == pytest.approx(
         memorized.sum() / 150
     )
-
-
-def test_another_kind_of_picture_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", scores(np.ones(4, bool)))
-    with pytest.raises(ValueError, match=r"name a \.png or an \.svg"):
-        plot(path, tmp_path / "a.pdf")
-    assert not (tmp_path / "a.pdf").exists()

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from pythia_jax.evaluation import pronouns
 from pythia_jax.evaluation.pronouns import (
     FEMININE,
     PADDING,
@@ -249,12 +248,3 @@ def test_a_tokenizer_whose_id_1_is_no_padding_is_told_of(caplog) -> None:
     with caplog.at_level(logging.WARNING):
         swap_pronouns(0, np.zeros((1, 4), np.int32), tokenizer=tokenizer)
     assert "filled up with id 1, which of this tokenizer is '<|other|>'" in caplog.text
-
-
-def test_bytes_of_tokens_are_what_the_library_decodes(tokenizer) -> None:
-    known = pronouns._bytes_of_tokens(tokenizer)
-    rng = np.random.default_rng(9)
-    for _ in range(50):
-        ids = rng.integers(0, tokenizer.get_vocab_size(), 40).tolist()
-        joined = b"".join(known[i] for i in ids)
-        assert joined.decode("utf-8", "replace") == tokenizer.decode(ids, skip_special_tokens=False)

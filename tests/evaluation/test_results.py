@@ -6,8 +6,8 @@ import math
 import random
 
 import pytest
-from result_files import PUBLISHED, lambada, old_file, returned
-from swept import write_task
+from result_files import lambada, old_file, returned
+from swept import make_config, write_run, write_task
 
 from pythia_jax.evaluation import names, results
 
@@ -33,7 +33,7 @@ PLACES = [
     ),
     (
         "pythia-v1/pythia-160m-0.5MtokBS/160m-0.5MtokBS_step12000.json",
-        *("pythia-160m-0.5MtokBS", "v1", 12000, 0, "batch-size"),
+        *("pythia-160m-0.5MtokBS", "v1", 12000, 5, "batch-size"),
     ),
     (
         "pythia-v1/pythia-70m-deduped/baseline/baseline-70m-deduped_step134000.json",
@@ -98,6 +98,36 @@ def test_v0_steps_are_doubled_where_they_count_batches_of_twice_the_size(tmp_pat
         assert step(size, "v0") == (143_000, True, 143_000 * 2_097_152)
     for size, version in (("70m", "v0"), ("1b", "v0"), ("6.9b", "v0"), ("160m", "v1")):
         assert step(size, version) == (71_500, False, 71_500 * 2_097_152)
+
+
+def test_steps_that_are_revisions_of_the_hub_are_never_doubled(tmp_path):
+    args = {"pretrained": "EleutherAI/pythia-160m-v0", "revision": "step3000"}
+    path = tmp_path / "results_2026-01-02T03-04-05.678901.json"
+    path.write_text(json.dumps(returned({"wsc": {"acc": 0.37}}, model="hf", model_args=args)))
+    theirs = read_one(path)
+    about = {"model_name": "EleutherAI/pythia-160m-v0", "step": 3000, "provenance": {}}
+    ours = read_one(results.write(tmp_path / "ours", returned({"wsc": {"acc": 0.37}}), **about))
+    for result in (theirs, ours):
+        found = (result.model, result.version, result.step, result.doubled)
+        assert found == ("pythia-160m", "v0", 3000, False)
+
+
+@pytest.mark.parametrize(
+    "pretrained, model, step",
+    [
+        ("runs/mine/global_step300", "mine", 300),
+        ("runs/mine/step300/", "mine", 300),
+        ("runs/mine_step300", "mine", 300),
+        ("runs/mine", "mine", None),
+        ("step300", "step300", None),
+    ],
+)
+def test_the_folder_of_a_checkpoint_tells_its_step(tmp_path, pretrained, model, step):
+    path = tmp_path / "results_2026-01-02T03-04-05.678901.json"
+    args = {"pretrained": pretrained}
+    path.write_text(json.dumps(returned({"wsc": {"acc": 0.37}}, model_args=args)))
+    result = read_one(path)
+    assert (result.model, result.step) == (model, step)
 
 
 def test_what_neox_was_asked_for_tells_the_size_of_steps(tmp_path):
@@ -285,6 +315,28 @@ def test_what_the_harness_itself_returns_and_writes_is_read_the_same(tmp_path, m
     assert ours.num_fewshot == theirs.num_fewshot == 2
 
 
+def test_a_run_folder_that_the_harness_scored_has_its_place_on_every_axis(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    from pythia_jax.evaluation import harness
+    from pythia_jax.model.parameters import count
+
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    run = write_run(tmp_path, (1, 3))
+    tasks = write_task(tmp_path / "tasks")
+    harness.run(
+        ["run", "--model", "pythia_jax", "--model_args", f"pretrained={run}", "--tasks", "animals",
+         "--include_path", str(tasks), "--output_path", str(tmp_path / "newest")]
+    )  # fmt: skip
+    (newest,) = results.read([tmp_path / "newest"])
+    config = make_config(tmp_path)
+    tokens = config.training.batch_size * config.data.sequence_length
+    assert config.model is not None
+    parameters = count(config.model, embedding=False)
+    assert (newest.model, newest.step, newest.ours) == ("tiny", 3, True)
+    assert (newest.tokens, newest.parameters) == (3 * tokens, parameters)
+
+
 MALFORMED = {
     "list.json": ('{"results": [{"task_name": "wino_bias"}]}', "a list, as in the published Wino"),
     "none.json": ('{"table_results": {}}', "no `results`"),
@@ -402,38 +454,3 @@ def test_an_infinite_perplexity_is_kept(tmp_path):
     found = returned({"wikitext": {"word_perplexity": math.inf}})
     path = results.write(tmp_path, found, model_name="x", step=0, provenance={})
     assert read_one(path).value("wikitext", "word_perplexity") == (math.inf, None)
-
-
-needs_published = pytest.mark.skipif(
-    not PUBLISHED.is_dir(), reason="the published results do not lie beside this repository"
-)
-
-# Of step 143000, zero-shot: lambada_openai's accuracy and perplexity, then accuracies.
-FINAL = {
-    "70m": (0.1915, 138.45, 0.5979, 0.606, 0.3847, 0.1621, 0.4917),
-    "410m": (0.5244, 10.574, 0.6746, 0.826, 0.5168, 0.2022, 0.5335),
-}
-
-
-@needs_published
-def test_every_given_file_is_read():
-    found = results.read([PUBLISHED])
-    assert len(found) == len(list(PUBLISHED.rglob("*.json"))) > 70
-    assert all(not result.notes and result.parameters for result in found)
-    steps = [r.step for r in found if r.model == "pythia-70m-deduped" and r.step is not None]
-    assert sorted(steps) == [0, *(2**i for i in range(10)), 1000, *range(3000, 143_001, 10_000)]
-    v0 = [r.step for r in found if r.version == "v0" and r.step is not None]
-    assert sorted(v0) == [*range(3000, 143_001, 10_000)]
-
-
-@needs_published
-@pytest.mark.parametrize("size", FINAL)
-def test_final_scores_are_those_of_the_paper(size):
-    found = results.read([PUBLISHED / f"pythia-{size}-deduped"])
-    (last,) = (result for result in found if result.step == 143_000)
-    wanted = [("lambada_openai", "acc"), ("lambada_openai", "perplexity")]
-    wanted += [(t, "acc") for t in ("piqa", "sciq", "arc_easy", "arc_challenge", "winogrande")]
-    for (task, metric), value in zip(wanted, FINAL[size], strict=True):
-        score = last.value(task, metric)
-        assert score is not None
-        assert score[0] == pytest.approx(value, abs=5e-5, rel=5e-5)

@@ -15,13 +15,14 @@ from typing import Any
 
 import jax
 import pytest
+import yaml
 from command_line import refused, run
 from swept import write_run, write_task
 
 import pythia_jax as pj
 from pythia_jax import suite
+from pythia_jax.bridge.revisions import chosen, source_of, weights_hash
 from pythia_jax.evaluation import results, scored
-from pythia_jax.evaluation.revisions import chosen, source_of, weights_hash
 from pythia_jax.evaluation.sweep import sweep
 from pythia_jax.files import locked
 from pythia_jax.training.checkpoints import step_folders
@@ -70,24 +71,24 @@ def watched(home: Path) -> Watched:
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: events.append(event)
     )
-    score = scored.Request.score
+    ask = scored.ask
 
     def sets(like: jax.Array) -> int:
         gc.collect()
         return sum(array.shape == like.shape for array in jax.live_arrays())
 
-    def watching(self: scored.Request, scorer: Any) -> dict[str, Any]:
-        found = score(self, scorer)
+    def watching(scorer: Any, questions: Any) -> dict[str, Any]:
+        found = ask(scorer, questions)
         seen.compiled.append(sum("backend_compile" in event for event in events))
         time.sleep(0.5)  # for the next one to be loaded
         seen.held.append(sets(scorer.params["embed_in"]["embedding"]))
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scored.Request, "score", watching)
+        patch.setattr(scored, "ask", watching)
         jax.clear_caches()
         done = sweep(str(home / "tiny"), out=seen.out, **asked(home))
-    assert sorted(done.written) == list(STEPS) and not done.failed and not done.there
+    assert sorted(done.written) == list(STEPS) and not done.failed and not done.skipped
     return seen
 
 
@@ -142,12 +143,26 @@ def test_results_are_of_the_weights_that_they_name(home: Path, whole: Path) -> N
         assert found["source"] == f"{home.resolve() / 'tiny'} step {step}"
         assert (found["step"], found["tasks"], found["limit"]) == (step, ["animals"], None)
         assert found["tokens_per_step"] == 4 * 32
+        assert found["parameters"] == 2 * (12 * 32**2 + 13 * 32) + 2 * 32
+
+
+def test_files_say_how_they_came_as_the_harness_would_take_it(home: Path, whole: Path) -> None:
+    for step in STEPS:
+        found = content(file_of(whole, step))
+        config, provenance = found["config"], found[results.PROVENANCE]
+        assert config["model_args"] == f"pretrained={home.resolve() / 'tiny'},step={step}"
+        assert (config["batch_size"], config["device"]) == ("auto", "cpu")
+        said = dict(part.split("=") for part in config["model_args"].split(","))
+        again = pj.load(said["pretrained"], step=int(said["step"]))
+        assert provenance["weights"] == weights_hash(again.params)
+        assert (provenance["dtype"], provenance["devices"]) == ("float32", jax.device_count())
+        assert provenance["task_hashes"].keys() == {"animals"}
 
 
 def test_a_second_sweep_scores_nothing(home: Path, whole: Path, counted: list[Any]) -> None:
     before = {step: file_of(whole, step).stat().st_mtime_ns for step in STEPS}
     done = sweep(str(home / "tiny"), out=whole, **asked(home))
-    assert sorted(done.there) == list(STEPS) and not done.written and not counted
+    assert sorted(done.skipped) == list(STEPS) and not done.written and not counted
     assert before == {step: file_of(whole, step).stat().st_mtime_ns for step in STEPS}
 
 
@@ -156,15 +171,15 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pythia_jax.evaluation import scored
 from pythia_jax.evaluation.sweep import sweep
-score, calls = scored.Request.score, []
+ask, calls = scored.ask, []
 
-def deadly(self, scorer):
+def deadly(*asked):
     calls.append(1)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return score(self, scorer)
+    return ask(*asked)
 
-scored.Request.score = deadly
+scored.ask = deadly
 run, out, tasks = sys.argv[2:]
 sweep(run, out=out, tasks=["animals"], include_path=tasks, show_progress=False)
 """
@@ -180,7 +195,7 @@ def test_a_killed_sweep_goes_on_and_scores_nothing_twice(
     before = {step: file_of(tmp_path, step).stat().st_mtime_ns for step in STEPS[:2]}
     assert not any(file_of(tmp_path, step).exists() for step in STEPS[2:])
     done = sweep(str(home / "tiny"), out=tmp_path, **asked(home))
-    assert (sorted(done.there), sorted(done.written)) == ([0, 1], [3, 6]) and len(counted) == 2
+    assert (sorted(done.skipped), sorted(done.written)) == ([0, 1], [3, 6]) and len(counted) == 2
     assert before == {step: file_of(tmp_path, step).stat().st_mtime_ns for step in STEPS[:2]}
     for step in STEPS:
         assert content(file_of(tmp_path, step)) == content(file_of(whole, step))
@@ -195,15 +210,15 @@ import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 from pythia_jax.cli import main
 from pythia_jax.evaluation import scored
-score, calls = scored.Request.score, []
+ask, calls = scored.ask, []
 
-def stopped(self, scorer):
+def stopped(*asked):
     calls.append(1)
     if len(calls) == 2:
         signal.raise_signal(signal.SIGINT)
-    return score(self, scorer)
+    return ask(*asked)
 
-scored.Request.score = stopped
+scored.ask = stopped
 main()
 """
 
@@ -287,19 +302,47 @@ def test_a_file_of_other_scores_is_refused_before_anything_is_scored(
     assert not counted
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"metadata": {"version": 2}}, r"animals was of version Yaml, is of 2;"),
+        ({"doc_to_text": "{{query}}?"}, "the task file of animals says something else now"),
+        ({"rows": 3}, "the rows of animals are others now"),
+        ({}, ""),
+    ],
+)
+def test_scores_on_other_questions_are_refused_wherever_these_lie(
+    home: Path, whole: Path, tmp_path: Path, changed: dict[str, Any], message: str,
+    counted: list[Any],
+) -> None:  # fmt: skip
+    folder = write_task(tmp_path / "elsewhere")
+    rows = (folder / "animals.jsonl").read_text().splitlines(keepends=True)
+    (folder / "animals.jsonl").write_text("".join(rows[: changed.get("rows", len(rows))]))
+    task = yaml.safe_load((folder / "animals.yaml").read_text())
+    task |= {key: value for key, value in changed.items() if key != "rows"}
+    (folder / "animals.yaml").write_text(yaml.safe_dump(task))
+    how = asked(home, include_path=str(folder))
+    if message:
+        with pytest.raises(ValueError, match=f"tiny_step0.*on other questions: {message}"):
+            sweep(str(home / "tiny"), out=whole, **how)
+    else:
+        assert sorted(sweep(str(home / "tiny"), out=whole, **how).skipped) == list(STEPS)
+    assert not counted
+
+
 def test_a_run_that_was_moved_is_still_known_by_its_weights(
     home: Path, whole: Path, tmp_path: Path, counted: list[Any]
 ) -> None:
     (tmp_path / "elsewhere").symlink_to(home / "tiny")
     done = sweep(str(tmp_path / "elsewhere"), out=whole, **asked(home))
-    assert sorted(done.there) == list(STEPS) and not counted
+    assert sorted(done.skipped) == list(STEPS) and not counted
 
 
 def test_two_sweeps_do_not_write_into_one_folder(home: Path, whole: Path) -> None:
     folder = file_of(whole, 0).parent
     with (
         locked(folder / ".sweep.lock"),
-        pytest.raises(RuntimeError, match="another sweep is writing there"),
+        pytest.raises(BlockingIOError, match=r"another sweep, or a run that .* is writing there"),
     ):
         sweep(str(home / "tiny"), out=whole, **asked(home))
 
@@ -369,8 +412,9 @@ def test_revisions_of_the_hub_are_swept(
         found, theirs = content(file_of(tmp_path / "out", step)), content(file_of(whole, same))
         assert found["results"] == theirs["results"]
         assert found[results.PROVENANCE]["source"] == f"someone/tiny step{step}"
+        assert found["config"]["model_args"] == f"pretrained=someone/tiny,revision=step{step}"
     again = sweep("someone/tiny", out=tmp_path / "out", revisions="0:6", **asked(home))
-    assert sorted(again.there) == [0, 1, 3] and not again.written
+    assert sorted(again.skipped) == [0, 1, 3] and not again.written
 
 
 def test_known_faults_of_revisions_are_told_and_kept(

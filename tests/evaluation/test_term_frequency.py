@@ -1,8 +1,11 @@
 """Checkpoints asked, their scores kept, and put beside what each had seen; as its users type it."""
 
 import csv
+import importlib
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,23 @@ import term_texts
 from click.testing import CliRunner
 
 from pythia_jax import configs
+from pythia_jax.bridge import card
 from pythia_jax.cli.term_frequency import term_frequency
 from pythia_jax.data import IndexedDatasetWriter, load_tokenizer
-from pythia_jax.evaluation import arithmetic, term_plot
+from pythia_jax.evaluation import arithmetic, term_counts, term_plot, training_rows
 from pythia_jax.evaluation import term_frequency as frequency
-from pythia_jax.evaluation.term_frequency import Point, Score, points, read_scores
+from pythia_jax.evaluation.term_frequency import (
+    CountedScore,
+    Score,
+    points,
+    read_points,
+    read_scores,
+)
 from pythia_jax.evaluation.term_windows import count_texts
+from pythia_jax.files import locked
 from pythia_jax.quickstart import train_tokenizer
+from pythia_jax.training.checkpoints import step_folders
+from pythia_jax.training.provenance import data_identity
 from pythia_jax.training.trainer import train
 
 STEPS = (0, 3, 6)
@@ -111,14 +124,13 @@ def test_what_a_file_holds_is_not_asked_again(
     assert len(read_scores(out)) == 6  # the first checkpoint whole, nothing of the second
     before = out.read_bytes()
     new = frequency.score(str(folder / "tiny"), out, revisions="0,3", **ask)
-    assert {s.step for s in new} == {3} and len(asked) == 5
+    assert {s.step for s in new.scores} == {3} and len(asked) == 5
     assert out.read_bytes().startswith(before)
-    assert frequency.score(str(folder / "tiny"), out, step=3, **ask) == []
+    assert frequency.score(str(folder / "tiny"), out, step=3, **ask).scores == []
     twice = {"operations": ["times"] * 2, "shots": [0, 0]}
-    assert frequency.score(str(folder / "tiny"), out, step=0, **twice) == []
-    assert [s.correct for s in frequency.score(str(folder / "tiny"), out, step=6, **ask)] == [
-        0, 1, 2, 0, 1, 2,
-    ]  # fmt: skip
+    assert frequency.score(str(folder / "tiny"), out, step=0, **twice).scores == []
+    last = frequency.score(str(folder / "tiny"), out, step=6, **ask)
+    assert [s.correct for s in last.scores] == [0, 1, 2, 0, 1, 2] and not last.failed
     about = json.loads((tmp_path / "scores.csv.json").read_text())
     assert list(about) == ["tiny step 0", "tiny step 3", "tiny step 6"]
     assert len({each["weights"] for each in about.values()}) == 3
@@ -132,8 +144,8 @@ def test_the_step_of_a_hugging_face_folder_is_told(few: None, folder: Path, tmp_
         frequency.score(str(tmp_path / "hf"), tmp_path / "f.csv", shots=[0])
     exported = frequency.score(str(tmp_path / "hf"), tmp_path / "f.csv", shots=[0], step=3)
     own = frequency.score(str(folder / "tiny"), tmp_path / "f.csv", shots=[0], step=3)
-    assert [s.correct for s in exported] == [s.correct for s in own]
-    assert {s.step for s in exported} == {3}
+    assert [s.correct for s in exported.scores] == [s.correct for s in own.scores]
+    assert {s.step for s in exported.scores} == {3}
 
 
 def score(x1: int, right: int, *, step: int = 3, model: str = "m") -> Score:
@@ -209,27 +221,180 @@ def test_counts_of_another_run_are_not_gone_on_with(folder: Path, tmp_path: Path
     how: dict[str, Any] = {"tokenizer": folder / "tokenizer.json", "stop": 3, "progress": False}
     assert frequency.count(config, tmp_path, **how) == 12
     for changed, key in (
-        ({"data.seed": "5"}, "seed"),
-        ({"training.steps": "7"}, "steps"),
-        ({"data.train": f"[{folder / 'corpus'}]"}, "train"),
-        ({"data.transform": "pythia_jax.evaluation.pronouns:swap_pronouns"}, "transform"),
+        ({"data.seed": "5"}, "data.seed was 1234, is 5"),
+        ({"training.steps": "7"}, "training.steps was 6, is 7"),
+        ({"data.train": f"[{folder / 'corpus'}]"}, "data.train is not the same"),
+        (
+            {"data.transform": "pythia_jax.evaluation.pronouns:swap_pronouns"},
+            "data.transform was None, is 'pythia_jax.evaluation.pronouns:swap_pronouns'",
+        ),
     ):
         other = configs.load(folder / "numbers.yaml", changed)
-        with pytest.raises(ValueError, match=f"differ: {key}"):
+        with pytest.raises(ValueError, match=f"something else than asked for: {key}"):
             frequency.count(other, tmp_path, **how)
-    with pytest.raises(ValueError, match="differ: clean_up"):
+    with pytest.raises(ValueError, match="clean_up was False, is True"):
         frequency.count(config, tmp_path, clean_up=True, **how)
 
 
+def transform_file(folder: Path, code: str) -> None:
+    (folder / "my_rows.py").write_text(code)
+    sys.modules.pop("my_rows", None)
+    importlib.invalidate_caches()
+
+
+def test_counts_know_when_rows_were_transformed_and_with_what_code(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "modules", {**sys.modules})
+    transform_file(tmp_path, "def same(step, rows):\n    return rows\n")
+    how: dict[str, Any] = {"tokenizer": folder / "tokenizer.json", "stop": 3, "progress": False}
+    changed = {"data.transform": "my_rows:same", "data.transform_from": "1"}
+    frequency.count(configs.load(folder / "numbers.yaml", changed), tmp_path / "c", **how)
+    later = configs.load(folder / "numbers.yaml", {**changed, "data.transform_from": "2"})
+    with pytest.raises(ValueError, match=r"data\.transform_from was 1, is 2"):
+        frequency.count(later, tmp_path / "c", **how)
+    transform_file(tmp_path, "def same(step, rows):\n    return rows[:, ::1]\n")
+    with pytest.raises(ValueError, match=r"data\.transform_source is not the same"):
+        frequency.count(configs.load(folder / "numbers.yaml", changed), tmp_path / "c", **how)
+
+
+@pytest.fixture(scope="module")
+def counted(folder: Path) -> Path:
+    """The counts of `numbers.yaml`, to step 6."""
+    config = configs.load(folder / "numbers.yaml")
+    how: dict[str, Any] = {"tokenizer": folder / "tokenizer.json", "progress": False}
+    frequency.count(config, folder / "counts", every=3, **how)
+    return folder / "counts"
+
+
+def trained(folder: Path, out: Path, prefix: Path, **keys: str) -> Path:
+    """The run `tiny`, as one that was trained on other data, and says so."""
+    run = shutil.copytree(folder / "tiny", out)
+    config = configs.load(run / "config.yaml", {"data.train": f"[{prefix}]", **keys})
+    configs.save(config, run / "config.yaml")
+    (run / "data.json").write_text(json.dumps(data_identity(config)))
+    return run
+
+
+def test_scores_of_a_run_are_only_put_beside_counts_of_its_rows(
+    few: None, folder: Path, counted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbers = folder / "numbers"
+    shutil.copy(numbers.with_suffix(".bin"), tmp_path / "moved.bin")
+    shutil.copy(numbers.with_suffix(".idx"), tmp_path / "moved.idx")
+    own = trained(folder, tmp_path / "own", tmp_path / "moved")
+    frequency.score(str(own), tmp_path / "own.csv", shots=[0], step=3)
+    assert len(read_points([tmp_path / "own.csv"], counted)) == 3
+    assert "nothing tells" not in caplog.text
+    swapped = {"data.transform": "pythia_jax.evaluation.pronouns:swap_pronouns"}
+    for name, prefix, keys, message in (
+        ("corpus", folder / "corpus", {}, "data.train is not the same, by its hash"),
+        ("seed", numbers, {"data.seed": "5"}, "data.seed was 1234, is 5"),
+        ("order", numbers, {"data.order": "neox", "training.steps": "12"}, "steps was 6, is 12"),
+        ("swapped", numbers, swapped, "data.transform was None, is "),
+    ):
+        other = trained(folder, tmp_path / name, prefix, **keys)
+        out = tmp_path / f"{name}.csv"
+        frequency.score(str(other), out, shots=[0], step=3)
+        refused = CliRunner().invoke(
+            term_frequency,
+            ["plot", str(tmp_path / "own.csv"), str(out), "--counts", str(counted), "--out",
+             str(tmp_path / "f.png")],
+        )  # fmt: skip
+        assert f"{out}: tiny step 3 was trained on other rows than were counted" in str(
+            refused.exception
+        )
+        assert message in str(refused.exception)
+    assert not (tmp_path / "f.png").exists()
+
+
+def test_of_a_published_model_the_pile_is_known_by_its_name(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def count(name: str, out: str) -> Path:
+        # Rows of other data, in Pythia's batches, stand for the Pile.
+        identity = {
+            **training_rows.identity(configs.load(folder / "numbers.yaml")),
+            "training.batch_size": 1024,
+            "training.steps": 143000,
+            "data.sequence_length": 2048,
+        }
+        empty = count_texts([])
+        (tmp_path / out).mkdir()
+        term_counts._write(tmp_path / out, range(3), empty, identity, name)
+        return tmp_path / out
+
+    published = training_rows.known_of(card.published_facts("pythia-1b-deduped"))
+    told = {"pythia-1b-deduped step 3": {"trained_on": published}}
+    scores = tmp_path / "scores.csv"
+    frequency._write(scores, [score(1, 1, model="pythia-1b-deduped")], told)
+    assert len(read_points([scores], count("pythia-70m-deduped", "deduped"))) == 1
+    assert "nothing tells" not in caplog.text
+    with pytest.raises(ValueError, match="deduplicated was False, is True"):
+        read_points([scores], count("pythia-1b", "whole"))
+    assert len(read_points([scores], count("mine", "mine"))) == 1
+    told_so = f"{tmp_path / 'mine'}: nothing tells whether the rows counted are those of pythia-1b-"
+    assert told_so in caplog.text
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_told_and_passed_over(
+    few: None, folder: Path, tmp_path: Path
+) -> None:
+    tiny = shutil.copytree(folder / "tiny", tmp_path / "tiny")
+    for path in step_folders(tiny)[3].rglob("*"):
+        if path.parent.name == "d":
+            path.write_bytes(bytes(len(path.read_bytes())))
+    arguments = ["score", str(tiny), "--revisions", "steps", "--shots", "0", "--out"]
+    ran = CliRunner().invoke(term_frequency, [*arguments, str(tmp_path / "f.csv")])
+    assert ran.exit_code == 1 and "step 3 was not asked: " in ran.output
+    assert "6 scores added" in ran.output
+    assert {s.step for s in read_scores(tmp_path / "f.csv")} == {0, 6}
+    # Only what is left is tried again, and fails again.
+    ran = CliRunner().invoke(term_frequency, [*arguments, str(tmp_path / "f.csv")])
+    assert ran.exit_code == 1 and "0 scores added" in ran.output
+
+
+def test_the_next_checkpoint_loads_while_one_is_asked(
+    few: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[object] = []
+
+    class Loading(frequency.Loading):
+        def __init__(self, source: Any, step: int, mesh: Any) -> None:
+            happened.append(step)
+            super().__init__(source, step, mesh)
+
+    def correct(*_: Any, **__: Any) -> list[int]:
+        happened.append("asked")
+        return [0, 1, 2]
+
+    monkeypatch.setattr(frequency, "Loading", Loading)
+    monkeypatch.setattr(arithmetic, "correct", correct)
+    frequency.score(str(folder / "tiny"), tmp_path / "f.csv", revisions="steps", shots=[0])
+    assert happened == [0, 3, "asked", 6, "asked", "asked"]
+
+
+def test_a_file_that_another_process_adds_to_is_refused_at_once(
+    few: None, folder: Path, tmp_path: Path
+) -> None:
+    with locked(tmp_path / ".f.csv.lock"), pytest.raises(RuntimeError, match="another process"):
+        frequency.score(str(folder / "tiny"), tmp_path / "f.csv", shots=[0], step=3)
+    assert not (tmp_path / "f.csv").exists()
+
+
 def test_the_gap_is_between_the_commonest_tenth_and_the_rarest() -> None:
-    made = [Point(score(x1, 10 + (x1 > 89) * 30 - (x1 < 10) * 5), 7 * x1 + 1) for x1 in range(100)]
+    made = [
+        CountedScore(score(x1, 10 + (x1 > 89) * 30 - (x1 < 10) * 5), 7 * x1 + 1)
+        for x1 in range(100)
+    ]
     assert term_plot.gap(made[::-1]) == pytest.approx(40 / 50 - 5 / 50)
     assert term_plot.gap(made[:1]) == 0
 
 
 def test_a_picture_has_a_line_for_each_checkpoint_through_the_means_of_its_groups() -> None:
     made = [
-        Point(score(x1, x1 // 2, step=step, model=model), (step + 1) * x1)
+        CountedScore(score(x1, x1 // 2, step=step, model=model), (step + 1) * x1)
         for model in ("pythia-12b", "pythia-70m")
         for step in (0, 3, 6)
         for x1 in range(100)
@@ -256,7 +421,7 @@ def test_a_plot_of_nothing_or_to_nowhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no scores"):
         term_plot.write([], tmp_path / "f.png")
     with pytest.raises(ValueError, match=r"f\.pdf: .*\.png, \.svg or \.csv"):
-        term_plot.write([Point(score(1, 1), 1)], tmp_path / "f.pdf")
+        term_plot.write([CountedScore(score(1, 1), 1)], tmp_path / "f.pdf")
     with pytest.raises(FileNotFoundError, match="no such folder of counts"):
         points([score(1, 1)], tmp_path / "counts")
     assert not list(tmp_path.iterdir())
@@ -286,4 +451,4 @@ def test_a_model_that_learned_some_products_is_right_on_those_alone(
     scores = frequency.score(
         str(tmp_path / "learned"), tmp_path / "f.csv", revisions="0,300", shots=[0]
     )
-    assert [s.correct for s in scores] == [0, 0, 0, 0, 2, 2]
+    assert [s.correct for s in scores.scores] == [0, 0, 0, 0, 2, 2]

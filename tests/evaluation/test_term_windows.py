@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from pythia_jax.evaluation.term_windows import (
     UNITS,
-    Counts,
+    TermCounts,
     count_texts,
     decoder,
     merged,
@@ -139,7 +139,7 @@ def test_keys_tell_everything_apart() -> None:
     keys += [pair_key(a, b) for a, b in ((0, 0), (0, 1), (1, 99_999), (99_999, 99_999))]
     keys += [unit_key(n, unit) for n in (0, 99_999) for unit in UNITS]
     assert len(set(keys)) == len(keys)
-    counts = Counts(np.sort(keys), np.arange(1, len(keys) + 1), 1)
+    counts = TermCounts(np.sort(keys), np.arange(1, len(keys) + 1), 1)
     names = counts.as_dict()
     assert len(names) == len(keys) and {"0", "0-0", "1-99999", "99999-decade"} <= names.keys()
 

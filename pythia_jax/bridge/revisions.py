@@ -1,29 +1,34 @@
-"""The checkpoints of a model: which there are, and one of them loaded beside other work."""
+"""The checkpoints of a model: which there are, one of them by its step, and one loaded beside
+other work."""
 
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import yaml
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from pythia_jax import configs, sharding
-from pythia_jax.bridge import hf_config, hub, neox_in, run_in
+from pythia_jax.bridge import hf_config, hub, load, neox_in, run_in
 from pythia_jax.bridge.convert import open_any
 from pythia_jax.bridge.model import Model
 from pythia_jax.bridge.opened import Opened
 from pythia_jax.configs import MeshConfig
 from pythia_jax.data.storage import is_url
 from pythia_jax.model.parameters import Parameter, Params
+from pythia_jax.training.agreement import all_say
 from pythia_jax.training.bucket import AnyPath, Bucket, path_of
 from pythia_jax.training.checkpoints import step_folders
 from pythia_jax.training.digests import Digests, digests
@@ -40,14 +45,16 @@ class Source:
     """A model with many checkpoints.
 
     name: of the model, in results. there: the steps that it has; asks the hub, for a model there.
-    remote: whether that is so. called: what provenance calls a checkpoint of it. open: one, its
-    weights not read yet. weights: their hash, where that is known without reading them.
+    remote: whether that is so. called: what provenance calls a checkpoint of it. arguments: the
+    harness's `--model_args` for it. open: one, its weights not read yet. weights: their hash, where
+    that is known without reading them.
     """
 
     name: str
     there: Callable[[], list[int]]
     remote: bool
     called: Callable[[int], str]
+    arguments: Callable[[int], str]
     open: Callable[[int], Opened]
     weights: Callable[[int], str | None]
 
@@ -62,14 +69,15 @@ def source_of(model: str) -> Source:
     def opened(step: int) -> Opened:
         return open_any(model, step=step)
 
-    if is_url(model) or (run_in.is_run_folder(folder) and not hf_config.is_hf_folder(folder)):
+    if is_run(model):
         place = path_of(model)
         folders: dict[int, AnyPath] = step_folders(place)
         return Source(
-            name=_run_name(place),
+            name=run_config(place).name,
             there=lambda: sorted(folders),
             remote=False,
             called=lambda step: _run_step(place, step),
+            arguments=lambda step: arguments_of(model, step=step),
             open=opened,
             weights=lambda step: _stored_weights(folders[step]),
         )
@@ -87,6 +95,7 @@ def source_of(model: str) -> Source:
             there=lambda: steps,
             remote=False,
             called=lambda step: str(folder.resolve() / f"global_step{step}"),
+            arguments=lambda step: arguments_of(model, step=step),
             open=opened,
             weights=lambda _: None,
         )
@@ -98,21 +107,77 @@ def source_of(model: str) -> Source:
         there=lambda: hub.revisions(repo),
         remote=True,
         called=lambda step: f"{repo} step{step}",
+        arguments=lambda step: arguments_of(model, step=step),
         open=opened,
         weights=lambda _: None,
     )
+
+
+def is_run(model: str | os.PathLike[str]) -> bool:
+    """Whether `open_any` takes this for a run folder: a bucket's address always is one."""
+    folder = Path(model)
+    return is_url(model) or (run_in.is_run_folder(folder) and not hf_config.is_hf_folder(folder))
+
+
+def is_told_its_step(model: str | os.PathLike[str]) -> bool:
+    """Whether this is a Hugging Face folder: of one checkpoint, and it does not tell of which."""
+    return not is_url(model) and hf_config.is_hf_folder(Path(model))
+
+
+def open_at(
+    model: str | os.PathLike[str], *, revision: str | None = None, step: int | None = None
+) -> Opened:
+    """`bridge.open_any`; `step` of a Hugging Face folder is the one that it is said to be of.
+
+    Raises as `bridge.open_any` does.
+    """
+    if is_told_its_step(model):
+        opened = open_any(model, revision=revision)
+        return dataclasses.replace(opened, step=opened.step if step is None else step)
+    return open_any(model, revision=revision, step=step)
+
+
+def load_at(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    step: int | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> Model:
+    """`bridge.load`; `step` of a Hugging Face folder is the one that it is said to be of.
+
+    On the mesh around us, if there is one. Raises as `bridge.load` does.
+    """
+    if is_told_its_step(model):
+        loaded = load(model, revision=revision, dtype=dtype)
+        return dataclasses.replace(loaded, step=loaded.step if step is None else step)
+    return load(model, revision=revision, step=step, dtype=dtype)
 
 
 def name_of(model: str) -> str:
     """What results call a model that `open_any` opens: the name on the hub, of the run, or of the
     folder."""
     folder = Path(model)
-    if is_url(model) or (run_in.is_run_folder(folder) and not hf_config.is_hf_folder(folder)):
-        return _run_name(path_of(model))
+    if is_run(model):
+        return run_config(path_of(model)).name
     if folder.is_dir():
         folder = folder.resolve()
         return folder.parent.name if _NEOX_STEP.fullmatch(folder.name) else folder.name
     return _short(hub.hub_id(folder.as_posix()))
+
+
+def arguments_of(model: str, *, revision: str | None = None, step: int | None = None) -> str:
+    """The harness's `--model_args` that mean a checkpoint: `pretrained=...,step=3000`.
+
+    revision, step: as for `bridge.load`. One on the hub is of a revision, as `hf` takes it.
+    """
+    folder = Path(model)
+    if not is_url(model) and not folder.exists():
+        at = f"step{step}" if revision is None and step is not None else revision
+        return f"pretrained={hub.hub_id(folder.as_posix())}" + (f",revision={at}" if at else "")
+    where = model if is_url(model) else str(folder.resolve())
+    at = None if is_told_its_step(model) else step
+    return f"pretrained={where}" + ("" if at is None else f",step={at}")
 
 
 def chosen(revisions: str | Iterable[int], source: Source) -> list[int]:
@@ -176,8 +241,18 @@ def weights_hash(params: Params) -> str:
     return _hash(digests({"params": params}))
 
 
+def known_tokens_per_step(facts: Mapping[str, Any]) -> int | None:
+    """By what is known of a model's training; None of one that we did not train."""
+    batch, length = facts.get("training.batch_size"), facts.get("data.sequence_length")
+    return None if batch is None or length is None else batch * length
+
+
 class Loading:
-    """A checkpoint on its way to the devices of a mesh, on a thread beside the caller."""
+    """A checkpoint on its way to the devices of a mesh, on a thread beside the caller.
+
+    Of several processes each loads it when its result is asked for: what they hand to their devices
+    must come in one order everywhere.
+    """
 
     def __init__(self, source: Source, step: int, mesh: Mesh) -> None:
         self._source, self._step, self._mesh = source, step, mesh
@@ -187,11 +262,20 @@ class Loading:
         self._error: BaseException | None = None
         # A daemon: who stops early must not wait for a download that nobody wants any more.
         self._thread = threading.Thread(target=self._run, name=f"load step {step}", daemon=True)
-        self._thread.start()
+        self._beside = jax.process_count() == 1
+        if self._beside:
+            self._thread.start()
 
     def result(self) -> Model:
-        """The model, which is the caller's alone from then on. Raises what loading it raised."""
-        self._thread.join()
+        """The model, which is the caller's alone from then on. Raises what loading it raised, and
+        OSError where another process could not load it."""
+        if self._beside:
+            self._thread.join()
+        else:
+            self._run()
+        if not all_say(self._error is None) and self._error is None:
+            self._model = None
+            self._error = OSError(f"step {self._step}: another process could not load it")
         if self._error is not None:
             raise self._error
         model, self._model = self._model, None
@@ -203,7 +287,7 @@ class Loading:
         with self._lock:
             self._unwanted = True
             waited_for = self._on_devices
-        if waited_for:
+        if waited_for and self._beside:
             self._thread.join(LEAVE_SECONDS)
         self._model = None
 
@@ -232,13 +316,17 @@ def _run_step(place: AnyPath, step: int) -> str:
     return f"{place.resolve() if isinstance(place, Path) else place} step {step}"
 
 
-def _run_name(place: AnyPath) -> str:
+def run_config(place: AnyPath) -> configs.RunConfig:
+    """What a run was asked for, by the config.yaml of its folder.
+
+    Raises OSError where there is none, ConfigError for one that is damaged.
+    """
     if isinstance(place, Path):
-        return configs.load(place / "config.yaml").name
+        return configs.load(place / "config.yaml")
     content, _ = Bucket(str(place)).read("config.yaml")
     if content is None:
         raise FileNotFoundError(f"{place}: there is no run folder (no config.yaml)")
-    return configs.overridden(yaml.safe_load(content), {}, f"{place}/config.yaml").name
+    return configs.overridden(yaml.safe_load(content), {}, f"{place}/config.yaml")
 
 
 def _short(repo: str) -> str:
