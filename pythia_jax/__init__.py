@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pythia_jax import data
+    from pythia_jax import data, interp
     from pythia_jax.bridge import load, save_hf
     from pythia_jax.bridge.model import Model
     from pythia_jax.configs import ModelConfig, RunConfig, Runtime
@@ -34,6 +34,7 @@ _HOMES = {
     "load_config": ("pythia_jax.configs", "load"),
     "generate": ("pythia_jax.model.decode", "generate"),
     "forward": ("pythia_jax.model.gptneox", "forward"),
+    "interp": ("pythia_jax.interp", None),
     "loss": ("pythia_jax.model.loss", "loss"),
     "token_losses": ("pythia_jax.model.loss", "token_losses"),
     "init_parameters": ("pythia_jax.model.parameters", "init_parameters"),
@@ -48,6 +49,7 @@ __all__ = [
     "forward",
     "generate",
     "init_parameters",
+    "interp",
     "load",
     "load_config",
     "loss",

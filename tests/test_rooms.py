@@ -31,7 +31,8 @@ compiling for TPUs that are not there."""
 DOORS = {"__init__", "__main__"}
 """Modules at the top of the package that only open it: the lazy names, `python -m pythia_jax`."""
 FRONT_DOOR = {"pythia_jax", *(f"pythia_jax.{name}" for name in pythia_jax.__all__)} - {
-    "pythia_jax.data"  # a room as well as a name
+    "pythia_jax.data",  # rooms as well as names
+    "pythia_jax.interp",
 }
 AT_HOME = {"pythia_jax.evaluation.harness": {"lm_eval"}}
 """Optional libraries that a module imports at its top: its class derives from one of theirs, and
@@ -45,6 +46,7 @@ EXTRAS = {
     "lm_eval",
     "nbclient",
     "nbformat",
+    "pyarrow",
     "tensorflow",
     "torch",
     "torch_xla",

@@ -6,7 +6,7 @@ named sites of `pythia_jax.model.sites`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import overload
 
 import jax
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig, Runtime
-from pythia_jax.model import attention
+from pythia_jax.model import attention, sinks
 from pythia_jax.model.parameters import Parameter, Params, map_parameters
 from pythia_jax.model.sites import SPLIT_READERS, Capture, Edits, Hooks, LayerHooks, Taps
 
@@ -84,9 +84,13 @@ def hidden_states(
     capture: Capture = (),
     taps: Taps | None = None,
     edits: Edits | None = None,
+    watched: Mapping[str, sinks.Sink] | None = None,
     runtime: Runtime = Runtime(),
 ) -> tuple[Hidden, dict]:
-    """The final LayerNorm's output, before the unembedding, and the captured sites."""
+    """The final LayerNorm's output, before the unembedding, and the captured sites.
+
+    watched: sinks by module of the layers (`pythia_jax.model.sinks`).
+    """
     check_tokens(tokens, config)
     batch, seq = tokens.shape
     if seq > config.max_position_embeddings:
@@ -102,6 +106,8 @@ def hidden_states(
         return attention.attend(q, k, v, kernel, site)
 
     params = cast(params, runtime)
+    if watched:
+        params = sinks.inserted(params, watched)
     outer = hooks.at()
     x = _stream(outer("embed", embed(params, tokens)))
 
@@ -222,12 +228,18 @@ def unembed(params: Params, hidden: Float[Array, "*rows hidden"]) -> Float[Array
 
 
 def dense(x: Float[Array, "*rows in"], weights: Params) -> Float[Array, "*rows out"]:
-    """x @ kernel + bias."""
+    """x @ kernel + bias; with a sink among the weights, the backward pass fills it."""
+    if "sink" in weights:
+        return sinks.dense(_affine, x, weights)
+    return _affine(x, weights["kernel"], weights["bias"])
+
+
+def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     # As matrices: of a product of three-dimensional arrays, XLA's CPU compiler writes out a
     # transposed copy for the kernel's gradient; of matrices it folds the transpose away.
     rows = x.reshape(-1, x.shape[-1])
-    product = jnp.matmul(rows, weights["kernel"], precision=attention.exact(x))
-    return (product + weights["bias"]).reshape(*x.shape[:-1], -1)
+    product = jnp.matmul(rows, kernel, precision=attention.exact(x))
+    return (product + bias).reshape(*x.shape[:-1], -1)
 
 
 def layer_norm(

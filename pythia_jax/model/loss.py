@@ -29,6 +29,7 @@ from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.model.attention import exact
 from pythia_jax.model.gptneox import AnyArray, check_tokens, hidden_states
 from pythia_jax.model.parameters import Params
+from pythia_jax.model.sinks import Units, projected
 from pythia_jax.model.sites import Edits, Taps
 
 
@@ -160,10 +161,11 @@ def _fused_jvp(chunk: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, 
 _AXES: dict[str, tuple[str, ...]] = {
     "hidden": ("batch", "seq", "stream"),
     "kernel": ("hidden", "vocab"),
-    "weights": ("batch",),
+    "weights": ("batch", "seq"),
     "labels": ("batch", "seq"),
 }
-"""Logical axes of the loss's arrays, and of their gradients."""
+"""Logical axes of the loss's arrays, and of their gradients. Weights of rows have the first alone.
+"""
 
 
 def _sweep(
@@ -177,8 +179,9 @@ def _sweep(
     """The weighted sum, and the gradients named in `want`, in one pass over chunks of positions."""
     part = _Part(whole=sharding.current() is None)
     sweep = partial(_sweep_part, part=part, chunk=chunk, want=want)
-    axes = tuple(_AXES[name] for name in ("hidden", "kernel", "weights", "labels"))
-    sharded = sharding.by_shard(sweep, axes, ((), {name: _AXES[name] for name in want}))
+    own = {**_AXES, "weights": _AXES["weights"][: weights.ndim]}
+    axes = tuple(own[name] for name in ("hidden", "kernel", "weights", "labels"))
+    sharded = sharding.by_shard(sweep, axes, ((), {name: own[name] for name in want}))
     return sharded(hidden, kernel, weights, labels)
 
 
@@ -203,9 +206,7 @@ def _sweep_part(
         nll, peak, total = part.cross_entropy(logits, y)
         if "hidden" not in want and "kernel" not in want:
             return kernel_gradient, (nll, None)
-        share = jnp.exp(logits - peak[..., None]) * (w / total)[..., None]
-        hit = jax.nn.one_hot(part.place(y, logits), logits.shape[-1], dtype=wide) * w[..., None]
-        d_logits = (share - hit).astype(hidden.dtype)
+        d_logits = part.gradient(logits, y, w, peak, total).astype(hidden.dtype)
         d_hidden = None
         if "hidden" in want:
             d_hidden = jnp.einsum("bsv,hv->bsh", d_logits, cast, precision=exact(d_logits))
@@ -221,16 +222,105 @@ def _sweep_part(
 
     accumulator = part.spread(jnp.zeros(cast.shape, wide)) if "kernel" in want else None
     # Positions that pad the last chunk weigh nothing.
-    spread = jnp.broadcast_to(weights[:, None], labels.shape)
+    by_row = weights.ndim == 1
+    spread = jnp.broadcast_to(weights[:, None] if by_row else weights, labels.shape)
     xs = (cut.split(hidden), cut.split(labels), cut.split(spread))
     d_kernel, (nll, d_hidden) = jax.lax.scan(step, accumulator, xs)
-    rows = cut.join(nll).sum(axis=1)
-    gradient: dict[str, Any] = {"weights": rows} if "weights" in want else {}
+    each = cut.join(nll).sum(axis=1) if by_row else cut.join(nll)
+    gradient: dict[str, Any] = {"weights": each} if "weights" in want else {}
     if "kernel" in want:
         gradient["kernel"] = part.reduce_kernel(d_kernel)
     if "hidden" in want:
         gradient["hidden"] = part.sum_over_vocabulary(cut.join(d_hidden))
-    return part.sum_over_rows((rows * weights).sum()), gradient
+    return part.sum_over_rows((each * weights).sum()), gradient
+
+
+def hidden_gradient(
+    hidden: Float[Array, "batch seq hidden"],
+    kernel: Float[Array, "hidden vocab"],
+    weights: Float[Array, "batch seq"],
+    labels: Int[Array, "batch seq"],
+    chunk: int,
+) -> Float[Array, "batch seq hidden"]:
+    """Gradient of Σ weight x cross-entropy by the hidden states. Each position's is its own: that
+    of some tokens' losses alone is this one with the other positions at zero."""
+    return _sweep(hidden, kernel, weights, labels, chunk, want=("hidden",))[1]["hidden"]
+
+
+def unembedding_rows(
+    hidden: Float[Array, "batch seq hidden"],
+    kernel: Float[Array, "hidden vocab"],
+    weights: Float[Array, "batch seq"],
+    labels: Int[Array, "batch seq"],
+    chunk: int,
+    *,
+    units: Units,
+    slots: Int[Array, "batch seq"] | None = None,
+    projection: tuple[Float[Array, "hidden p"], Float[Array, "vocab p"]] | None = None,
+    squares: bool = False,
+) -> Array:
+    """Gradients of the unembedding by row, or by unit within it, of Σ weight x cross-entropy.
+
+    `[batch, (units,) hidden, vocab]`; with a projection `[batch, (units,) p, p]`, Rᵀ G L; with
+    `squares` the squared norms, `[batch, (units)]`. Row after row, chunk by chunk: the gradient of
+    one row (if it is not what was asked for) and the logits of one chunk exist at once, on each
+    device.
+    """
+    part = _Part(whole=sharding.current() is None)
+    unit = () if units.count is None and not units.each else ("seq",)
+    made = () if squares else ("stream", "stream" if projection else "vocab")
+    rows = [labels, weights, jnp.zeros_like(labels) if slots is None else slots]
+    sweep = partial(_rows_part, part=part, chunk=chunk, units=units, squares=squares)
+    sides = () if projection is None else projection
+    axes = (_AXES["hidden"], _AXES["kernel"], (_AXES["labels"],) * 3)
+    sides_axes = tuple(zip(("stream", "vocab"), ("stream",) * len(sides), strict=False))
+    sharded = sharding.by_shard(
+        sweep, (*axes, sides_axes[: len(sides)]), ("batch", *unit, *made), check_vma=False
+    )
+    return sharded(hidden, kernel, tuple(rows), tuple(sides))
+
+
+def _rows_part(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    rows: tuple[jax.Array, jax.Array, jax.Array],
+    sides: tuple[jax.Array, ...],
+    *,
+    part: "_Part",
+    chunk: int,
+    units: Units,
+    squares: bool,
+) -> jax.Array:
+    """`unembedding_rows` of this device's rows and its part of the vocabulary."""
+    cast = part.gather(kernel.astype(hidden.dtype))
+    right, left = sides or (None, None)
+
+    def step(xs: tuple[jax.Array, ...]) -> jax.Array:
+        x, y, w, slot = xs
+        logits = _logits(x, cast)
+        _, peak, total = part.cross_entropy(logits, y)
+        d_logits = part.gradient(logits, y, w, peak, total).astype(x.dtype)[0]
+        x = x[0]
+        if right is not None and left is not None:
+            x, d_logits = projected(x, right), part.sum_over_vocabulary(projected(d_logits, left))
+        if squares and units.each:  # of an outer product
+            wide = [a.astype(w.dtype) for a in (x, d_logits)]
+            return (wide[0] ** 2).sum(-1) * part.sum_over_vocabulary((wide[1] ** 2).sum(-1))
+        return units.products(x, d_logits, slot[0])
+
+    def row(given: tuple[jax.Array, ...]) -> jax.Array:
+        given = tuple(a[None] for a in given)
+        cut = _Chunks(given[1].shape, chunk)
+        xs = tuple(cut.split(a) for a in given)
+        if units.each:
+            each = jax.lax.map(step, xs)
+            return each.reshape(-1, *each.shape[2:])[: cut.seq]
+        shape = jax.eval_shape(step, jax.tree.map(lambda a: a[0], xs))
+        start = jnp.zeros(shape.shape, shape.dtype)
+        total, _ = jax.lax.scan(lambda total, xs: (total + step(xs), None), start, xs)
+        return part.sum_over_vocabulary((total**2).sum(axis=(-2, -1))) if squares else total
+
+    return jax.lax.map(row, (hidden, *rows))
 
 
 def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -286,6 +376,20 @@ class _Part:
         peak = peak if self.whole else jax.lax.pmax(peak, "tensor")
         total = self.sum_over_vocabulary(jnp.exp(logits - peak[..., None]).sum(axis=-1))
         return peak + jnp.log(total) - self._chosen(logits, labels), peak, total
+
+    def gradient(
+        self,
+        logits: jax.Array,
+        labels: jax.Array,
+        weights: jax.Array,
+        peak: jax.Array,
+        total: jax.Array,
+    ) -> jax.Array:
+        """Gradient of weight x loss by the logits; peak and total are `cross_entropy`'s."""
+        share = jnp.exp(logits - peak[..., None]) * (weights / total)[..., None]
+        place = self.place(labels, logits)
+        hit = jax.nn.one_hot(place, logits.shape[-1], dtype=weights.dtype) * weights[..., None]
+        return share - hit
 
     def _chosen(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         place = self.place(labels, logits)
