@@ -1,0 +1,60 @@
+"""`pythia-jax attribute`: which tokens of a prompt speak for the next one."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=str))
+@click.argument("prompt")
+@click.option("--target", help="The next token, with its space.  [default: the likeliest]")
+@click.option("--against", help="Another token: the difference of the two logits is attributed.")
+@click.option(
+    "--method",
+    type=click.Choice(["integrated-gradients", "input-x-gradient"]),
+    default="integrated-gradients",
+    show_default=True,
+)
+@click.option(
+    "--points",
+    "steps",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    help="Of integrated gradients; more make the gap smaller.",
+)
+@click.option("--revision", help="Of a model on the hub.  [default: main]")
+@click.option(
+    "--step", type=int, help="Checkpoint of a run folder; of a name on the hub, revision stepN."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also write the scores: a .csv, or a heat map, .png or .svg.",
+)
+def attribute(
+    model: str,
+    prompt: str,
+    revision: str | None,
+    step: int | None,
+    out: Path | None,
+    **settings: Any,
+) -> None:
+    """Score each token of PROMPT by what it adds to the log-probability of the next token.
+
+    MODEL is a hub id (70m), or a folder of any kind (gs:// too). Scores are gradients at the
+    embeddings, times them; the gap is what they leave unexplained.
+    """
+    import pythia_jax as pj
+    from pythia_jax.interp import token_attribution
+
+    if out is not None:
+        token_attribution.check_output(out)
+    loaded = pj.load(model, revision=revision, step=step)
+    found = token_attribution.attribute(loaded, prompt, **settings)
+    click.echo(found.text())
+    if out is not None:
+        found.write(out)
+        click.echo(f"written to {out}")
