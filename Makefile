@@ -18,6 +18,10 @@ TEST := $(VENV)/.installed-test
 # own.
 CT2_VENV ?= .venv-ct2
 CT2 := $(CT2_VENV)/.installed
+# Bergson, TransformerLens and kronfluence, whose gradients ours are compared with. Two of them also
+# want torchvision, which nothing here needs (pip will say so): they come without what they name.
+PEERS_VENV ?= .venv-peers
+PEERS := $(PEERS_VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-all lint bench clean
@@ -32,8 +36,8 @@ quickstart: $(CORE) ## text to tokens to a trained, evaluated, exported model, o
 test: lint ## lint, and every test but the slow ones
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --timeout 900 $(ARGS)
 
-test-all: lint $(CT2) ## lint, and every test
-	CT2_VENV=$(CT2_VENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --timeout 3600 -m "" $(ARGS)
+test-all: lint $(CT2) $(PEERS) ## lint, and every test
+	CT2_VENV=$(CT2_VENV) PEERS_VENV=$(PEERS_VENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --timeout 3600 -m "" $(ARGS)
 
 lint: $(TEST) ## ruff check, ruff format --check, pyright
 	$(BIN)/ruff check .
@@ -71,4 +75,15 @@ $(CT2):
 	@$(PYTHON) -m venv $(CT2_VENV)
 	@$(CT2_VENV)/bin/python -m pip install --quiet $(TORCH_FLAGS) torch==2.13.0
 	@$(CT2_VENV)/bin/python -m pip install --quiet 'ctranslate2>=4.8' 'transformers>=4.50,<5' accelerate safetensors
+	@touch $@
+
+$(PEERS):
+	@echo "installing Bergson, TransformerLens and kronfluence into $(PEERS_VENV) (some minutes)"
+	@$(PYTHON) -m venv $(PEERS_VENV)
+	@$(PEERS_VENV)/bin/python -m pip install --quiet $(TORCH_FLAGS) torch==2.13.0
+	@$(PEERS_VENV)/bin/python -m pip install --quiet --no-deps bergson==2.5.1 kronfluence==1.0.1
+	@$(PEERS_VENV)/bin/python -m pip install --quiet torch==2.13.0 transformer-lens==4.3.0 \
+	  'transformers>=5.0' accelerate datasets jaxtyping ml_dtypes natsort numpy scipy 'peft>=0.17' \
+	  petname pyarrow pyyaml simple-parsing torchopt bitsandbytes 'huggingface-hub>=1.13.0' \
+	  einconv einops opt_einsum
 	@touch $@
