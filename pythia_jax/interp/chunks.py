@@ -1,0 +1,237 @@
+"""Rows of an index computed together: one compiled program, on one device or cut over a mesh."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from numpy.typing import NDArray
+
+from pythia_jax import sharding
+from pythia_jax.configs import ModelConfig, Runtime
+from pythia_jax.data import Batches
+from pythia_jax.interp.collecting import LINEAR, collect
+from pythia_jax.interp.index import described
+from pythia_jax.interp.projection import Projection, matrices
+from pythia_jax.model.attention import exact
+from pythia_jax.model.gptneox import check_tokens
+from pythia_jax.model.parameters import Params
+
+Part = tuple[int, NDArray[Any]]
+"""A row's number, and values of it and of those that follow."""
+_FAULTS = {
+    1: "is no finite number: look at its tokens' losses, and at the weights",
+    2: "is too large for {} (its float32 is finite): store float32 or bfloat16 (--precision)",
+    3: "is all zeros in {}, though not in float32: store float32 or bfloat16 (--precision)",
+}
+
+
+def kernel_gradient(inputs: jax.Array, cotangents: jax.Array, sides: Any) -> jax.Array:
+    """A statistic for `collect`: G of each row, `[batch, out, in]`, or P_L G P_Rᵀ, `[batch, p, p]`.
+
+    sides: `left [out, p]` and `right [in, p]`; None for no projection.
+    """
+    if sides is not None:
+        inputs, cotangents = (
+            jnp.matmul(value, side.astype(value.dtype), precision=exact(value))
+            for value, side in ((inputs, sides["right"]), (cotangents, sides["left"]))
+        )
+    return jnp.einsum(
+        "bso,bsi->boi",
+        cotangents,
+        inputs,
+        precision=exact(inputs),
+        preferred_element_type=jnp.promote_types(inputs.dtype, jnp.float32),
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "runtime"))
+def row_gradients(
+    params: Params,
+    sides: dict[str, Any] | None,
+    tokens: Int[Array, "batch seq+1"],
+    weights: Float[Array, "batch seq"],
+    *,
+    config: ModelConfig,
+    runtime: Runtime,
+) -> Float[Array, "batch numbers"]:
+    """Rows of an index: gradients of Σ weights x cross-entropy by row, in an index's order."""
+    found = collect(
+        params, tokens, config, kernel_gradient, aux=sides, loss_weights=weights, runtime=runtime
+    )
+    blocks = [found[module] for module in LINEAR]
+    wide = jnp.concatenate([block.reshape(*block.shape[:2], -1) for block in blocks], axis=2)
+    return wide.swapaxes(0, 1).reshape(tokens.shape[0], -1)
+
+
+def parts_of_rows() -> int:
+    """How many parts the mesh around us cuts rows into."""
+    mesh = sharding.current()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in sharding.ROWS)
+
+
+def projection_sides(projection: Projection | None, config: ModelConfig) -> dict[str, Any] | None:
+    """The matrices of the linear modules on the devices, whole on each."""
+    if projection is None:
+        return None
+    every = matrices(projection, config)
+    mesh = jax.sharding.get_mesh()
+    place = None if mesh.empty else jax.sharding.NamedSharding(mesh, jax.P())
+    return jax.device_put({module: every[module] for module in LINEAR}, place)
+
+
+def _stored(
+    params: Params,
+    sides: dict[str, Any] | None,
+    tokens: jax.Array,
+    starts: jax.Array,
+    stops: jax.Array,
+    *,
+    config: ModelConfig,
+    dtype: Any,
+    runtime: Runtime,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients as they are stored, `[batch, numbers]`, and what is wrong with each row, if any."""
+    targets = jnp.arange(1, tokens.shape[1])
+    weights = (starts[:, None] <= targets) & (targets < stops[:, None])
+    wide = row_gradients(params, sides, tokens, weights, config=config, runtime=runtime)
+    stored = wide.astype(dtype)
+    wrong = (
+        ~jnp.isfinite(wide).all(axis=1),
+        ~jnp.isfinite(stored).all(axis=1),
+        (wide != 0).any(axis=1) & ~(stored != 0).any(axis=1),
+    )
+    return stored, jnp.select(wrong, [1, 2, 3], 0).astype(jnp.int8)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A chunk on the devices, on its way to be written."""
+
+    number: int
+    stored: jax.Array
+    fault: jax.Array
+
+
+class Chunks:
+    """The rows of an index, `batch` at a time.
+
+    rows: `ROW` of all of them. The last chunk is filled up with rows that weigh nothing. A process
+    reads the tokens of those rows alone that its devices hold.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        served: Batches,
+        rows: NDArray[Any],
+        *,
+        length: int,
+        batch: int,
+        projection: Projection | None,
+        dtype: np.dtype,
+        runtime: Runtime,
+    ) -> None:
+        self.batch, self.rows, self.dtype = batch, rows, dtype
+        self._params, self._config, self._served = params, config, served
+        self._length = length
+        self._sides = projection_sides(projection, config)
+        mesh = jax.sharding.get_mesh()
+        self._places = self._out = None
+        if not mesh.empty:
+            across, along = (
+                sharding.sharding(mesh, axes) for axes in (("batch", "seq"), ("batch",))
+            )
+            self._places, self._out = (across, along, along), (across, along)
+        program = partial(_stored, config=config, dtype=dtype, runtime=runtime)
+        shapes = [(batch, length), (batch,), (batch,)]
+        given = [
+            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+            for shape, place in zip(shapes, self._places or (None,) * 3, strict=True)
+        ]
+        # None would be taken for a tree without leaves.
+        how: dict[str, Any] = {} if self._out is None else {"out_shardings": self._out}
+        self.compiled = jax.jit(program, **how).lower(params, self._sides, *given).compile()
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch)
+
+    def read(self, number: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Tokens, starts and stops of a chunk, on the devices."""
+        chosen = self.rows[number * self.batch : (number + 1) * self.batch]
+        held = np.arange(self.batch)
+        if self._places is not None:
+            parts = self._places[1].addressable_devices_indices_map((self.batch,)).values()
+            held = np.unique(np.concatenate([held[part] for part in parts if part is not None]))
+        own = held[held < len(chosen)]
+        tokens = np.zeros((self.batch, self._length), np.int32)
+        tokens[own] = self._tokens(chosen[own])
+        bounds = [np.zeros(self.batch, np.int32) for _ in range(2)]
+        for bound, field in zip(bounds, ("start", "stop"), strict=True):
+            bound[: len(chosen)] = chosen[field]
+        arrays = (tokens, *bounds)
+        if self._places is None:
+            return tuple(map(jnp.asarray, arrays))  # type: ignore[return-value]
+        return tuple(  # type: ignore[return-value]
+            jax.make_array_from_callback(array.shape, place, array.__getitem__)
+            for array, place in zip(arrays, self._places, strict=True)
+        )
+
+    def compute(self, number: int, given: tuple[jax.Array, jax.Array, jax.Array]) -> Computed:
+        """Begin to compute a chunk; this does not wait for the devices."""
+        return Computed(number, *self.compiled(self._params, self._sides, *given))
+
+    def fetch(self, computed: Computed) -> list[Part]:
+        """The rows of a chunk that this process holds, waited for.
+
+        Raises ValueError, naming the row, for a gradient that cannot be stored.
+        """
+        first = computed.number * self.batch
+        for at, faults in _own_parts(computed.fault):
+            for i in np.flatnonzero(faults):
+                row = first + at + int(i)
+                if row < len(self.rows):
+                    told = _FAULTS[int(faults[i])].format(self.dtype.name)
+                    raise ValueError(f"the gradient of {described(self.rows[row])} {told}")
+        parts = ((first + at, values) for at, values in _own_parts(computed.stored))
+        cut = [(row, values[: len(self.rows) - row]) for row, values in parts]
+        return [(row, values) for row, values in cut if len(values)]
+
+    def _tokens(self, chosen: NDArray[Any]) -> NDArray[np.int32]:
+        """The sequences of rows, `[n, seq + 1]`; one that several rows are of is read once."""
+        keys = chosen[["step", "slot"]].astype([("step", "<i4"), ("slot", "<i4")])
+        unique, places = np.unique(keys, return_inverse=True)
+        found = np.empty((len(unique), self._length), np.int32)
+        for step in np.unique(unique["step"]):
+            of_step = unique["step"] == step
+            found[of_step] = self._served.read(int(step), unique["slot"][of_step].astype(np.int64))
+        check_tokens(found, self._config)
+        return found[places]
+
+
+def _own_parts(array: jax.Array) -> list[Part]:
+    """This process's share of an array cut by rows, each row once."""
+    return [
+        (shard.index[0].indices(array.shape[0])[0], np.asarray(shard.data))
+        for shard in array.addressable_shards
+        if shard.replica_id == 0
+    ]
+
+
+def least(values: int) -> int:
+    """The least of the numbers that the processes give, told to all; each waits for the others."""
+    if jax.process_count() == 1:
+        return values
+    devices = np.array(jax.devices())
+    mesh = jax.sharding.Mesh(devices, ("device",))
+    rows = jax.sharding.NamedSharding(mesh, jax.P("device"))
+    given = jax.make_array_from_callback(
+        (devices.size,), rows, lambda _: np.array([values], np.int32)
+    )
+    whole = jax.sharding.NamedSharding(mesh, jax.P())
+    return int(jax.jit(jnp.min, out_shardings=whole)(given))
