@@ -10,15 +10,21 @@ from typing import Any
 
 import click
 
+from pythia_jax.cli.activations import activations
+from pythia_jax.cli.attribute import attribute
+from pythia_jax.cli.audit import audit
 from pythia_jax.cli.bridge import convert, tell
+from pythia_jax.cli.counterfactual import counterfactual
 from pythia_jax.cli.data import data
 from pythia_jax.cli.evaluate import evaluate, sweep
+from pythia_jax.cli.gradients import gradients
 from pythia_jax.cli.intervene import intervene
 from pythia_jax.cli.memorization import memorization
 from pythia_jax.cli.options import CONFIG_HELP, DOTTED, dotted, load_config
 from pythia_jax.cli.plan import plan
 from pythia_jax.cli.plots import plot
 from pythia_jax.cli.term_frequency import term_frequency
+from pythia_jax.cli.update import update
 
 EXPECTED = (ValueError, OSError, IndexError, RuntimeError, MemoryError)
 """What the library raises for bad input, all told in one line; anything else is a bug."""
@@ -255,14 +261,20 @@ def generate(
 
 
 for command in (
+    activations,
+    attribute,
+    audit,
     convert,
+    counterfactual,
     data,
     evaluate,
+    gradients,
     intervene,
     memorization,
     plan,
     plot,
     sweep,
     term_frequency,
+    update,
 ):
     main.add_command(command)
