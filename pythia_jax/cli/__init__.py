@@ -19,6 +19,7 @@ from pythia_jax.cli.data import data
 from pythia_jax.cli.evaluate import evaluate, sweep
 from pythia_jax.cli.gradients import gradients
 from pythia_jax.cli.intervene import intervene
+from pythia_jax.cli.lens import lens
 from pythia_jax.cli.memorization import memorization
 from pythia_jax.cli.options import CONFIG_HELP, DOTTED, dotted, load_config
 from pythia_jax.cli.plan import plan
@@ -270,6 +271,7 @@ for command in (
     evaluate,
     gradients,
     intervene,
+    lens,
     memorization,
     plan,
     plot,
