@@ -206,18 +206,19 @@ def _sweep_part(
         nll, peak, total = part.cross_entropy(logits, y)
         if "hidden" not in want and "kernel" not in want:
             return kernel_gradient, (nll, None)
+        if "kernel" not in want:
+            return kernel_gradient, (nll, part.hidden_gradient(logits, cast, y, w, peak, total))
         d_logits = part.gradient(logits, y, w, peak, total).astype(hidden.dtype)
         d_hidden = None
         if "hidden" in want:
             d_hidden = jnp.einsum("bsv,hv->bsh", d_logits, cast, precision=exact(d_logits))
-        if "kernel" in want:
-            kernel_gradient = kernel_gradient + jnp.einsum(
-                "bsh,bsv->hv",
-                x,
-                d_logits,
-                precision=exact(x),
-                preferred_element_type=kernel_gradient.dtype,
-            )
+        kernel_gradient = kernel_gradient + jnp.einsum(
+            "bsh,bsv->hv",
+            x,
+            d_logits,
+            precision=exact(x),
+            preferred_element_type=kernel_gradient.dtype,
+        )
         return kernel_gradient, (nll, d_hidden)
 
     accumulator = part.spread(jnp.zeros(cast.shape, wide)) if "kernel" in want else None
@@ -390,6 +391,28 @@ class _Part:
         place = self.place(labels, logits)
         hit = jax.nn.one_hot(place, logits.shape[-1], dtype=weights.dtype) * weights[..., None]
         return share - hit
+
+    def hidden_gradient(
+        self,
+        logits: jax.Array,
+        kernel: jax.Array,
+        labels: jax.Array,
+        weights: jax.Array,
+        peak: jax.Array,
+        total: jax.Array,
+    ) -> jax.Array:
+        """Gradient of weight x loss by the hidden states, in their dtype, of this part of the
+        vocabulary: the kernel's columns as the softmax weighs them, less the label's own. No
+        gradient of the logits is written out."""
+        share = jnp.exp(logits - peak[..., None]).astype(kernel.dtype)
+        expected = jnp.einsum(
+            "bsv,hv->bsh", share, kernel, precision=exact(share), preferred_element_type=total.dtype
+        )
+        place = self.place(labels, logits)
+        inside = place if self.whole else jnp.clip(place, 0, logits.shape[-1] - 1)
+        own = jnp.moveaxis(jnp.take(kernel, inside, axis=1), 0, -1).astype(total.dtype)
+        own = jnp.where((inside == place)[..., None], own, 0)
+        return ((expected / total[..., None] - own) * weights[..., None]).astype(kernel.dtype)
 
     def _chosen(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         place = self.place(labels, logits)
