@@ -213,3 +213,30 @@ def test_sums_of_common_numbers_are_learnt_first(quick: Path, tmp_path: Path) ->
     scores = (ran.out / "scores.csv").read_text().splitlines()
     assert len(scores) == 1 + 2 * 100
     assert len(ran.pictures) == 1
+
+
+@pytest.mark.slow
+def test_gradients_find_a_row_and_foretell_what_training_without_it_does(
+    quick: Path, tmp_path: Path
+) -> None:
+    ran = execute("gradients_and_attribution", quick, tmp_path)
+    assert ran.numbers(r"(\d+) rows of ([\d]+),") == [(16, 2)], "2,048 numbers: 8 modules of 256"
+    hits = ran.numbers(r"cosine (\S+)   step (\d+), slot (\d+)")
+    assert hits[0][1:] == (32, 1) and hits[0][0] > 1.5 * hits[1][0]
+    told = np.array(ran.numbers(r"without step (\d+), slot (\d+) +predicted (\S+) +true (\S+)"))
+    assert [tuple(place) for place in told[:, :2]] == [(30 + i // 4, i % 4) for i in range(12)]
+    assert np.corrcoef(told[:, 2], told[:, 3])[0, 1] > 0.9
+    assert np.abs(told[:, 3]).max() > 1e-4, "well above rounding"
+    ((total, gap),) = ran.numbers(r"add up to (\S+) nats, gap (\S+)")
+    assert abs(gap) < 0.05 * abs(total)
+    ((clean, corrupt),) = ran.numbers(r"self: (\S+) with def, (\S+) with if")
+    ((restored,),) = ran.numbers(r"one place brings back (\S+) nats")
+    assert clean > corrupt + 0.02
+    # What the last layer writes at the last token brings all of it back.
+    assert restored > clean - corrupt - 0.002
+    curve = ran.numbers(r"step +(\d+)   lens losses (\S+) (\S+) (\S+)")
+    assert [step for step, *_ in curve] == [0, 1, 2, 4, 8, 16, 30, 32, 60]
+    assert curve[0][1:] == curve[1][1:], "the first update has learning rate 0"
+    assert curve[-1][3] < curve[0][3] - 1 and curve[-1][3] < curve[-1][1] - 1
+    assert ran.out is not None and (ran.out / "index" / "rows.npy").is_file()
+    assert len(ran.pictures) == 5

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pythia_jax.interp.activations import activations
 
 if TYPE_CHECKING:
+    from pythia_jax.interp import dynamics, linear_probe, tuned_lens
     from pythia_jax.interp.activations import (
         activation_gradients,
         answer_log_probability,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     )
     from pythia_jax.interp.index import Index, open_index
     from pythia_jax.interp.influence import pairwise, scores, token_scores, tracin
+    from pythia_jax.interp.lenses import LensLosses, TunedLens, lens_losses, logit_lens
     from pythia_jax.interp.measures import (
         Measure,
         gradient_norm_curve,
@@ -66,7 +68,12 @@ if TYPE_CHECKING:
     from pythia_jax.interp.metagradients import metagradient, trained
     from pythia_jax.interp.noise_scale import NoiseScale, gradient_noise_scale
     from pythia_jax.interp.patching import Node, activation_patching, all_nodes
-    from pythia_jax.interp.plots import layer_position_grid, patching_grid, token_heat_map
+    from pythia_jax.interp.plots import (
+        influence_scatter,
+        layer_position_grid,
+        patching_grid,
+        token_heat_map,
+    )
     from pythia_jax.interp.preconditioning import adam_factors, adam_updates, precondition
     from pythia_jax.interp.projection import Projection, matrices
     from pythia_jax.interp.querying import Hits, query
@@ -75,6 +82,10 @@ if TYPE_CHECKING:
 
 # Imported when first asked for: name → the module of this package that has it.
 _HOMES = {
+    "LensLosses": "lenses",
+    "TunedLens": "lenses",
+    "lens_losses": "lenses",
+    "logit_lens": "lenses",
     "Audit": "auditing",
     "audit": "auditing",
     "GradientCosines": "dynamics",
@@ -107,6 +118,7 @@ _HOMES = {
     "Node": "patching",
     "activation_patching": "patching",
     "all_nodes": "patching",
+    "influence_scatter": "plots",
     "layer_position_grid": "plots",
     "patching_grid": "plots",
     "token_heat_map": "plots",
@@ -146,6 +158,9 @@ _HOMES = {
     "tracin": "influence",
 }
 
+# Names that are modules: functions are called tuned_lens.fit, dynamics.over_checkpoints.
+_MODULES = ("dynamics", "linear_probe", "tuned_lens")
+
 __all__ = [
     "LINEAR",
     "Audit",
@@ -155,11 +170,13 @@ __all__ = [
     "GradientCosines",
     "Hits",
     "Index",
+    "LensLosses",
     "Measure",
     "Node",
     "NoiseScale",
     "OverCheckpoints",
     "Projection",
+    "TunedLens",
     "Update",
     "activation_gradients",
     "activation_patching",
@@ -177,6 +194,7 @@ __all__ = [
     "compare_variants",
     "counterfactual",
     "dump_activations",
+    "dynamics",
     "edge_mask",
     "edge_readers",
     "edge_writers",
@@ -191,11 +209,15 @@ __all__ = [
     "hessian_density",
     "hessian_top_eigenvalues",
     "hvp",
+    "influence_scatter",
     "input_x_gradient",
     "integrated_gradients",
     "layer_position_grid",
     "lens_curve",
+    "lens_losses",
+    "linear_probe",
     "logit_difference",
+    "logit_lens",
     "matrices",
     "metagradient",
     "noise_scale_curve",
@@ -216,15 +238,18 @@ __all__ = [
     "token_scores",
     "tracin",
     "trained",
+    "tuned_lens",
     "update",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"pythia_jax.interp.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'pythia_jax.interp' has no attribute {name!r}")
     return getattr(importlib.import_module(f"pythia_jax.interp.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_MODULES})

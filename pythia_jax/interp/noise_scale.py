@@ -59,14 +59,14 @@ def gradient_noise_scale(
     squares = {path: ((norm**2).mean(axis=0), batch_norms[path]) for path, norm in flat.items()}
     small, large = (sum(pair[i].sum() for pair in squares.values()) for i in (0, 1))
     found = {**squares, "whole": (small, large)}
-    return {path: _estimate(*pair, batch, seq) for path, pair in found.items()}
+    return {path: _estimate(one, all_, batch, seq) for path, (one, all_) in found.items()}
 
 
 def _estimate(small: Any, large: Any, batch: int, seq: int) -> NoiseScale:
     """From the mean squared norm of one row's gradient and that of the batch's."""
     g2 = (batch * large - small) / (batch - 1)
     s = (small - large) / (1 - 1 / batch)
-    return NoiseScale(g2, s, s / g2, s / g2 * seq)
+    return NoiseScale(g2=g2, s=s, sequences=s / g2, tokens=s / g2 * seq)
 
 
 @partial(jax.jit, static_argnames=("config", "runtime"))

@@ -1,4 +1,4 @@
-"""Pictures of scores over tokens, layers, positions and heads, as matplotlib figures.
+"""Pictures of scores over tokens, layers, positions, heads and rows, as matplotlib figures.
 
 Colours diverge around zero, red above and blue below. Save one with `figure.savefig(path)`.
 """
@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
+from pythia_jax.interp.attribution_table import compare
 from pythia_jax.interp.patching import Node
 
 if TYPE_CHECKING:
@@ -141,6 +142,45 @@ def patching_grid(
     assert image is not None
     figure.colorbar(image, ax=drawn[:, 0], label=label)
     figure.suptitle(title, **_PLAIN)
+    return figure
+
+
+def influence_scatter(
+    predicted: ArrayLike,
+    actual: ArrayLike,
+    *,
+    title: str = "",
+    xlabel: str = "predicted change of the loss",
+    ylabel: str = "change by training without the row",
+    diagonal: bool = False,
+) -> "Figure":
+    """What a score of influence foretold of each row, against what training without it did.
+
+    predicted: `[rows]`; of a metagradient, minus the influence. actual: `[rows]`, the `effect` of
+    each row's counterfactual. Pearson's and Spearman's correlations stand in the title. diagonal:
+    draw where both are the same, for predictions that are in the units of the change.
+
+    Raises ValueError for arrays that do not belong together, fewer than three rows, values that
+    are not finite, and where all are equal, so that nothing can be correlated.
+    """
+    x, y = _finite(predicted, 1), _finite(actual, 1)
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} predictions of {len(y)} changes: one a row is wanted")
+    if len(x) < 3:
+        raise ValueError(f"{len(x)} rows: a correlation wants 3 or more")
+    found = compare(x, y, k=1)
+    figure = _figure((5.5, 5.0))
+    axes = figure.subplots()
+    axes.axhline(0, color="0.85", linewidth=0.8, zorder=0)
+    axes.axvline(0, color="0.85", linewidth=0.8, zorder=0)
+    axes.scatter(x, y, s=22, alpha=0.8)
+    if diagonal:
+        # By its slope, not by its ends, so that the points alone set the ranges of the axes.
+        axes.axline((0, 0), slope=1.0, color="0.5", linestyle="--", linewidth=0.9, zorder=1)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.ticklabel_format(style="sci", scilimits=(-2, 3))
+    told = f"Pearson {found.pearson:.3f}, Spearman {found.spearman:.3f}, {len(x)} rows"
+    figure.suptitle(f"{title}\n{told}" if title else told, **_PLAIN)
     return figure
 
 

@@ -97,6 +97,7 @@ def test_the_error_falls_at_second_order_as_the_runs_come_near(variant, near):
     assert (ratio > 12).all(), ratio
 
 
+@pytest.mark.slow
 def test_the_table_of_variants_says_how_near_they_are(near):
     with jax.enable_x64(True):
         params, clean, corrupt = nearby(1e-4)
@@ -177,6 +178,7 @@ def test_grad_drop_is_torchs_with_one_layer_detached(config):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_steps_are_the_mean_gradient_on_the_way_of_the_embeddings():
     nodes = all_nodes(CONFIG, SEQ, ("attn.z", "embed"), positions=[None])
     sites = ("embed", "attn.z")
@@ -199,6 +201,7 @@ def test_steps_are_the_mean_gradient_on_the_way_of_the_embeddings():
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharpness", [1.0, 60.0], ids=["soft", "saturated"])
 def test_qk_fix_scores_the_pattern_that_the_model_makes_of_the_patched_value(sharpness):
     params = jax.tree.map(lambda x: x, PARAMS)
@@ -253,6 +256,7 @@ def test_edges_from_a_writer_and_into_a_reader_sum_to_the_nodes(config):
     assert distance(edges.sum(axis=0), nodes[len(writers) :]) <= 1e-5
 
 
+@pytest.mark.slow
 def test_an_edge_is_first_order_in_what_one_writer_sends_to_one_reader():
     cases = [
         (Node("embed"), Node("attn.v_in", 1, None, 0)),
@@ -301,6 +305,7 @@ def test_an_edge_is_first_order_in_what_one_writer_sends_to_one_reader():
 # Whatever the call
 
 
+@pytest.mark.slow
 def test_runs_under_jit_and_defaults_to_all_nodes():
     nodes = all_nodes(CONFIG, SEQ)
     given = attribution_patching(*RUNS, nodes)
@@ -333,6 +338,7 @@ def test_bad_input_is_one_clear_error():
         )
 
 
+@pytest.mark.slow
 def test_eight_devices_find_what_one_does():
     script = Path(__file__).with_name("attributed_on_a_mesh.py")
     path = os.pathsep.join(map(str, [Path(__file__).parents[1], Path(__file__).parents[2]]))

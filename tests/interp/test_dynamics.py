@@ -388,6 +388,7 @@ def test_revisions_of_the_hub_give_the_same(
 # What is made for curves.
 
 
+@pytest.mark.slow
 def test_curves_are_those_of_the_functions_that_they_are_named_after(
     tiny: Path, models: dict[int, Model], config: ModelConfig
 ) -> None:
@@ -427,6 +428,7 @@ def test_curves_have_the_name_of_their_tokens(config: ModelConfig) -> None:
         gradient_norm_curve(tokens, parameters="layers/nothing")
 
 
+@pytest.mark.slow
 def test_cosines_are_those_of_the_gradients(
     tiny: Path, models: dict[int, Model], config: ModelConfig
 ) -> None:

@@ -250,6 +250,7 @@ def test_what_is_not_finite_is_named():
         )
 
 
+@pytest.mark.slow
 def test_eight_devices_find_what_one_does():
     script = Path(__file__).with_name("influence_on_a_mesh.py")
     path = os.pathsep.join(map(str, [Path(__file__).parents[1], Path(__file__).parents[2]]))

@@ -101,6 +101,7 @@ def test_gradient_of_every_parameter_equals_torch_autograd_row_by_row(parallel):
         assert_near({path: value[row] for path, value in ours.items()}, theirs)
 
 
+@pytest.mark.slow
 def test_gradients_by_loss_are_those_of_the_losses_of_each_document_and_token():
     each = of_tokens()
     assert_near(gradients("token by loss"), each)

@@ -5,9 +5,16 @@ import io
 import numpy as np
 import pytest
 from matplotlib import colormaps
+from matplotlib.lines import AxLine
 
 from pythia_jax.interp.patching import Node
-from pythia_jax.interp.plots import layer_position_grid, patching_grid, shown, token_heat_map
+from pythia_jax.interp.plots import (
+    influence_scatter,
+    layer_position_grid,
+    patching_grid,
+    shown,
+    token_heat_map,
+)
 
 TOKENS = ["The", " price", " is", " $", "5", " or $", "6", "\n", "and so on for long"]
 SCORES = np.array([0.1, -0.5, 2.0, 0.0, 0.3, -1.0, 0.7, 0.2, -0.1])
@@ -82,6 +89,37 @@ def test_positions_without_a_node_and_nodes_of_all_positions_have_their_columns(
     (grid,), _ = drawn(figure)
     np.testing.assert_array_equal(grid, [[2, np.nan, 1, np.nan]])
     assert texts(figure.axes[0].get_xticklabels()) == ["all", "a", "b", "c"]
+
+
+def test_a_scatter_has_a_point_a_row_and_both_correlations_in_its_title():
+    predicted = np.array([1.0, 2.0, 3.0, 4.0, 10.0])
+    actual = np.array([1.0, 3.0, 2.0, 5.0, 6.0])
+    figure = influence_scatter(predicted, actual, title="of $5", diagonal=True)
+    drawn(figure)
+    axes = figure.axes[0]
+    (points,) = axes.collections
+    np.testing.assert_array_equal(points.get_offsets(), np.stack([predicted, actual], axis=1))
+    # By the definitions: of the values, and of their ranks, two of which are exchanged.
+    pearson = np.corrcoef(predicted, actual)[0, 1]
+    spearman = 1 - 6 * (1 + 1) / (5 * (25 - 1))
+    title = f"of $5\nPearson {pearson:.3f}, Spearman {spearman:.3f}, 5 rows"
+    assert figure.get_suptitle() == title
+    *_, diagonal = axes.lines
+    assert isinstance(diagonal, AxLine) and diagonal.get_slope() == 1
+    assert diagonal.get_xy1() == (0, 0)
+    assert axes.get_xlim()[1] < 12, "the points alone set the range"
+    assert len(axes.lines) == 1 + len(influence_scatter(predicted, actual).axes[0].lines)
+
+
+def test_rows_that_cannot_be_correlated_are_refused():
+    with pytest.raises(ValueError, match="4 predictions of 5 changes"):
+        influence_scatter(np.arange(4), np.arange(5))
+    with pytest.raises(ValueError, match="2 rows: a correlation wants 3"):
+        influence_scatter(np.arange(2), np.arange(2))
+    with pytest.raises(ValueError, match="all are 1, so nothing can be correlated"):
+        influence_scatter(np.arange(4), np.ones(4))
+    with pytest.raises(ValueError, match=r"value at \(1,\) is not finite"):
+        influence_scatter(np.array([0.0, np.inf, 1.0]), np.arange(3))
 
 
 def test_what_cannot_be_drawn_is_refused():

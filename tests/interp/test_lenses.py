@@ -203,6 +203,7 @@ def test_what_is_not_finite_names_the_row():
         tuned_lens.fit(broken, [tokens], CONFIG, rows=2, show_progress=False)
 
 
+@pytest.mark.slow
 def test_eight_devices_find_what_one_does():
     script = Path(__file__).with_name("lenses_on_a_mesh.py")
     path = os.pathsep.join(map(str, [Path(__file__).parents[1], Path(__file__).parents[2]]))

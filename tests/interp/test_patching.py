@@ -83,6 +83,7 @@ def test_with_every_embedding_patched_nothing_of_the_corrupt_run_is_left():
     np.testing.assert_allclose(effect, metric_of(CLEAN) - metric_of(CORRUPT), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_neither_chunk_nor_order_nor_jit_changes_an_effect():
     nodes = all_nodes(CONFIG, SEQ, ("attn.z",), positions=[8, 3])
 

@@ -123,6 +123,7 @@ def test_a_completion_has_the_loss_alone(index):
     np.testing.assert_allclose(found.scores, np.sort(scores)[::-1], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_factors_precondition_the_whole_gradient_before_it_is_projected(index, tmp_path):
     model = index_cases.model()
     rows = index_cases.case.tokens("fit", 8)

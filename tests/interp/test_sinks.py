@@ -103,6 +103,7 @@ def _bias_rows(module):
     return module_of(rows, module)["bias"].swapaxes(0, 1)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_statistic_sees_bfloat16_and_gives_what_it_likes():
     def statistic(inputs, cotangents, aux):
         assert inputs.dtype == cotangents.dtype == jnp.bfloat16
@@ -139,6 +140,7 @@ def products_in(jaxpr):
                 yield from products_in(inner)
 
 
+@pytest.mark.slow
 def test_memory_of_a_statistic_that_reduces_does_not_grow_with_layers_and_rows_and_kernels():
     """8 layers' kernels for 64 rows would take 400 MB; one layer's, 50."""
     batch, hidden = 64, 128

@@ -66,6 +66,7 @@ def test_integrated_gradients_are_torchs_mean_over_the_path():
     np.testing.assert_allclose(gap, ends - expected.sum(axis=1), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gap_falls_with_steps_to_nothing():
     gaps = [
         np.abs(integrated_gradients(PARAMS, TOKENS, CONFIG, METRIC, steps=steps)[1]).max()
