@@ -6,6 +6,7 @@ Pruthi et al., 2020), in nats, if the index is not projected; projected, it is s
 """
 
 import csv
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from pythia_jax.files import written_whole
 from pythia_jax.interp.chunks import parts_of_rows, projection_sides, row_gradients
 from pythia_jax.interp.collecting import LINEAR
 from pythia_jax.interp.factors import Factors
+from pythia_jax.interp.factors import about as about_factors
 from pythia_jax.interp.factors import load as load_factors
 from pythia_jax.interp.gradients import per_example_gradients
 from pythia_jax.interp.index import Index, open_index
@@ -35,6 +37,8 @@ from pythia_jax.interp.preconditioning import precondition
 from pythia_jax.model.attention import exact
 from pythia_jax.model.gptneox import check_tokens
 from pythia_jax.model.parameters import Params
+
+log = logging.getLogger(__name__)
 
 Metric = Literal["dot", "cosine"]
 BLOCK_BYTES = 2**26
@@ -109,6 +113,8 @@ def query(
     model = recorded_model(index) if model is None else model
     check_model(index, model)
     if factors is None:
+        if damping is not None:
+            raise ValueError("damping goes with factors")
         gradient = query_gradient(index, model, tokens, answer_at, runtime=runtime)
     else:
         gradient = preconditioned_gradient(
@@ -161,6 +167,7 @@ def preconditioned_gradient(
 
     Raises ValueError for factors that do not fit the index.
     """
+    _check_factors(index, factors)
     fitted = load_factors(os.fspath(factors))
     missing = [f"{m}/kernel" for m in LINEAR if f"{m}/kernel" not in fitted.parameters]
     if missing:
@@ -177,6 +184,18 @@ def preconditioned_gradient(
         return _nonzero(from_modules(index, {m: _kernel(made, m)[0] for m in LINEAR}))
     tokens = _checked(tokens, answer_at, model)
     return _nonzero(_preconditioned(index, model, fitted, tokens, answer_at, damping, runtime))
+
+
+def _check_factors(index: Index, folder: str | os.PathLike[str]) -> None:
+    """Curvature at other weights says nothing of these gradients."""
+    saved = about_factors(os.fspath(folder))["provenance"]
+    if "weights" not in saved:
+        log.warning("%s: does not tell which weights its factors are of", folder)
+    elif saved["weights"] != index.settings["weights"]:
+        raise ValueError(
+            f"{folder}: factors of other weights ({saved['source']}, step {saved['step']}) than "
+            "the index's gradients; fit them at the index's checkpoint"
+        )
 
 
 def _preconditioned(

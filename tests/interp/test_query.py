@@ -139,6 +139,24 @@ def test_factors_precondition_the_whole_gradient_before_it_is_projected(index, t
     np.testing.assert_allclose(found.scores, np.sort(scores)[::-1][:3], rtol=1e-3)
 
 
+def test_factors_of_other_weights_and_damping_without_factors_are_refused(index, tmp_path):
+    model = index_cases.model()
+    row = index_cases.case.tokens("query", 1)[0]
+    modules = {}
+    for name in LINEAR:
+        of_module = model.params["layers"]
+        for part in name.split("/")[1:]:
+            of_module = of_module[part]
+        modules[name] = {"kernel": np.ones(of_module["kernel"].shape, np.float32)}
+    diagonal = factors.Factors(modules, method="diagonal", rows=1, tokens=1)
+    of = {"weights": "0" * 64, "source": "elsewhere", "step": 7}
+    factors.save(diagonal, tmp_path / "factors", provenance=of)
+    with pytest.raises(ValueError, match=r"factors of other weights \(elsewhere, step 7\)"):
+        query(index, tokens=row, model=model, factors=tmp_path / "factors")
+    with pytest.raises(ValueError, match="damping goes with factors"):
+        query(index, tokens=row, model=model, damping=0.1)
+
+
 @pytest.mark.slow
 def test_factors_of_projected_gradients_are_of_the_index_s_projection(index, tmp_path):
     model = index_cases.model()
