@@ -286,7 +286,8 @@ class Loading:
         """Stop soon. A thread that is in JAX's runtime as Python ends would abort the process."""
         with self._lock:
             self._unwanted = True
-            waited_for = self._on_devices
+            # What reads files here is done soon; a download may take its time, and is left behind.
+            waited_for = self._on_devices or not self._source.remote
         if waited_for and self._beside:
             self._thread.join(LEAVE_SECONDS)
         self._model = None

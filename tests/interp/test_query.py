@@ -61,7 +61,9 @@ def test_scores_are_those_of_brute_force_in_any_blocks(index, metric, monkeypatc
         monkeypatch.setattr(querying, "BLOCK_BYTES", rows * 4 * 2048)
         scores, numbers = search(index, wanted, metric, top=7)
         np.testing.assert_array_equal(numbers, order[:7])
-        np.testing.assert_allclose(scores, every[order[:7]], rtol=1e-5, atol=1e-6 * np.abs(every).max())
+        np.testing.assert_allclose(
+            scores, every[order[:7]], rtol=1e-5, atol=1e-6 * np.abs(every).max()
+        )
     assert len(search(index, wanted, metric, top=1000)[1]) == len(index)
 
 
