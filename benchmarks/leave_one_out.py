@@ -121,7 +121,7 @@ def by_metagradient(
     def query_loss(params: Params) -> jax.Array:
         return query_losses(params, queries, config)
 
-    return np.asarray(metagradient(state, batches, query_loss, len(batches), config=config))
+    return np.asarray(metagradient(state, batches, query_loss, steps=len(batches), config=config))
 
 
 def by_tracin(
@@ -158,7 +158,7 @@ def by_ekfac(
     """
     assert config.model is not None
     model = config.model
-    params = trained(state, batches, np.ones(batches.shape[:2]), config=config).params
+    params = trained(state, batches, np.ones(batches.shape[:2]), config).params
     factors = fit_factors(params, list(batches), model, key=jax.random.key(5))
     gradients = jax.jit(jax.jacrev(lambda p: query_losses(p, queries, config)))(params)
     flat = traverse_util.flatten_dict(gradients, sep="/")

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -102,7 +104,7 @@ def check_fit(mesh: Mesh | AbstractMesh, model: ModelConfig, microbatch: int) ->
     Raises ConfigError with the numbers.
     """
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-    rows = math.prod(mesh.shape[axis] for axis in ROWS)
+    rows = parts_of_rows(mesh)
     wants = (
         ("tensor", tensor, "model.num_attention_heads", model.num_attention_heads),
         ("tensor", tensor, "model.intermediate_size", model.intermediate_size),
@@ -121,6 +123,22 @@ def current() -> AbstractMesh | None:
     """The mesh around us (`jax.set_mesh`); None if there is none, or it is of one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def parts_of_rows(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """How many parts a mesh, or that around us, cuts the rows of a batch into."""
+    mesh = current() if mesh is None else mesh
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def place_rows(array: np.ndarray) -> jax.Array:
+    """Rows on the mesh around us, if there is one: `[batch]` or `[batch, seq]`, the same array in
+    every process."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jnp.asarray(array)
+    place = sharding(mesh, ("batch", "seq")[: array.ndim])
+    return jax.make_array_from_callback(array.shape, place, array.__getitem__)
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:

@@ -86,9 +86,8 @@ def source_of(model: str) -> Source:
         if not steps:
             open_any(model)  # raises what is to be said of a folder that holds nothing
             raise ValueError(
-                f"{model}: holds one checkpoint, and a sweep is over many (revisions of a model on "
-                "the hub, steps of a run folder, global_stepN folders of GPT-NeoX's). Score it "
-                f"with: pythia-jax evaluate {model}"
+                f"{model}: holds one checkpoint, and many are gone through here: give a run "
+                "folder, a folder of GPT-NeoX's global_stepN folders, or a model on the hub"
             )
         return Source(
             name=folder.resolve().name,
@@ -164,6 +163,12 @@ def name_of(model: str) -> str:
         folder = folder.resolve()
         return folder.parent.name if _NEOX_STEP.fullmatch(folder.name) else folder.name
     return _short(hub.hub_id(folder.as_posix()))
+
+
+def at_step(source: str, step: int | str | None) -> str:
+    """A checkpoint as `Model.source` names it, and its step, in which most of these end already."""
+    named = step is None or re.search(rf"step ?{step}$", source)
+    return source if named else f"{source} step {step}"
 
 
 def arguments_of(model: str, *, revision: str | None = None, step: int | None = None) -> str:

@@ -3,8 +3,6 @@
 import logging
 import signal
 import sys
-import traceback
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,21 @@ from pythia_jax.cli.gradients import gradients
 from pythia_jax.cli.intervene import intervene
 from pythia_jax.cli.lens import lens
 from pythia_jax.cli.memorization import memorization
-from pythia_jax.cli.options import CONFIG_HELP, DOTTED, dotted, load_config
+from pythia_jax.cli.options import (
+    CHECKPOINT,
+    CONFIG_HELP,
+    DOTTED,
+    EXPECTED,
+    MODEL,
+    POD,
+    dotted,
+    in_pod,
+    load_config,
+)
 from pythia_jax.cli.plan import plan
 from pythia_jax.cli.plots import plot
 from pythia_jax.cli.term_frequency import term_frequency
 from pythia_jax.cli.update import update
-
-EXPECTED = (ValueError, OSError, IndexError, RuntimeError, MemoryError)
-"""What the library raises for bad input, all told in one line; anything else is a bug."""
 
 START_AGAIN = 75
 """Exit status of `train` when it was told to leave and has saved everything (EX_TEMPFAIL)."""
@@ -133,7 +138,7 @@ def suite() -> None:
 )
 @click.argument("config", type=click.Path(path_type=Path), required=False)
 @click.option("--stop-at", type=int, help="Leave at this step, everything saved to go on from it.")
-@click.option("--pod", is_flag=True, help="Be one of a run's processes (docs/pods.md).")
+@POD
 @click.option("--profile", type=click.IntRange(min=0), default=0, help="Trace so many steps.")
 @click.option(
     "--from", "model", help="Begin with these weights: a hub id, or a folder of any kind."
@@ -169,18 +174,12 @@ def train(
 ) -> None:
     from pythia_jax.bridge.start import prepare
     from pythia_jax.evaluation.in_training import evaluator
-    from pythia_jax.training.pod import failing_at_once, is_first, join
     from pythia_jax.training.preemption import Preempted
     from pythia_jax.training.trainer import train
 
     run = _run_of(ctx, config, given)
-    heartbeat = run.distributed.heartbeat_seconds
-    if pod:
-        join(heartbeat)
-        if not is_first():
-            logging.getLogger("pythia_jax").setLevel(logging.WARNING)
     try:
-        with failing_at_once(heartbeat, _tell) if pod else nullcontext():
+        with in_pod(pod, run) as first:
             run, initial = prepare(run)
             result = train(
                 run,
@@ -192,7 +191,7 @@ def train(
     except Preempted as notice:
         click.echo(f"Stopped: {notice}", err=True)
         ctx.exit(START_AGAIN)
-    if is_first():
+    if first:
         say = "checkpoint {} and metrics.jsonl, loss.png are in {}"
         click.echo(say.format(result.step, result.folder))
 
@@ -227,27 +226,15 @@ def _run_of(ctx: click.Context, config: Path | None, given: dict[str, Any]) -> A
     return configs.overridden(read.run, {**overrides, **flags}, str(files[-1]))
 
 
-def _tell(error: BaseException) -> None:
-    """What ends a process of a pod, as `_Group` would tell it."""
-    wanted = click.get_current_context().find_root().params["traceback"]
-    if isinstance(error, EXPECTED) and not wanted:
-        click.echo(f"Error: {error}", err=True)
-    else:
-        traceback.print_exception(error)
-
-
 @main.command()
-@click.argument("model", type=click.Path(path_type=str))
+@MODEL
 @click.argument("prompt")
 @click.option("--max-new-tokens", type=int, default=20, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int)
 @click.option("--top-p", type=float)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--revision", help="Of a model on the hub.  [default: main]")
-@click.option(
-    "--step", type=int, help="Checkpoint of a run folder; of a name on the hub, revision stepN."
-)
+@CHECKPOINT
 def generate(
     model: str, prompt: str, revision: str | None, step: int | None, **settings: Any
 ) -> None:

@@ -5,9 +5,11 @@ from typing import Any
 
 import click
 
+from pythia_jax.cli.options import CHECKPOINT, MODEL
+
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=str))
+@MODEL
 @click.argument("prompt")
 @click.option("--target", help="The next token, with its space.  [default: the likeliest]")
 @click.option("--against", help="Another token: the difference of the two logits is attributed.")
@@ -25,10 +27,7 @@ import click
     show_default=True,
     help="Of integrated gradients; more make the gap smaller.",
 )
-@click.option("--revision", help="Of a model on the hub.  [default: main]")
-@click.option(
-    "--step", type=int, help="Checkpoint of a run folder; of a name on the hub, revision stepN."
-)
+@CHECKPOINT
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),

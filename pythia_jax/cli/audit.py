@@ -4,9 +4,11 @@ from pathlib import Path
 
 import click
 
+from pythia_jax.cli.options import MODEL, counted
+
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=str))
+@MODEL
 @click.option(
     "--revisions",
     default="steps",
@@ -39,8 +41,8 @@ def audit(ctx: click.Context, model: str, revisions: str, out: Path | None) -> N
     for line in found.verdicts():
         click.echo(line)
     wrong = sum(finding.fault for finding in found.findings)
-    count = f"{len(found.rows)} checkpoints of {found.model}"
-    click.echo(f"{count}: {f'{wrong} findings' if wrong else 'nothing is wrong'}")
+    told = counted(wrong, "finding") if wrong else "nothing is wrong"
+    click.echo(f"{counted(len(found.rows), 'checkpoint')} of {found.model}: {told}")
     if out is not None:
         found.save(out)
         click.echo(f"written to {out}")

@@ -5,10 +5,12 @@ from typing import Any
 
 import click
 
+from pythia_jax.cli.options import MODEL, together
+
 HARNESS = ("run", "ls", "validate")
 """Commands of the harness's own command line."""
 
-_TASKS = (
+_TASKS = together(
     click.option(
         "--tasks",
         required=True,
@@ -32,12 +34,6 @@ _TASKS = (
 )
 
 
-def _task_options(command: Any) -> Any:
-    for option in reversed(_TASKS):
-        command = option(command)
-    return command
-
-
 class _Evaluate(click.Command):
     """Hands `run`, `ls` and `validate`, with all that follows, to the harness as it is typed."""
 
@@ -56,8 +52,8 @@ class _Evaluate(click.Command):
 
 
 @click.command(cls=_Evaluate)
-@click.argument("model", type=click.Path(path_type=str))
-@_task_options
+@MODEL
+@_TASKS
 @click.option("--revision", help="Of a model on the hub: step3000, main.  [default: main]")
 @click.option(
     "--step",
@@ -111,7 +107,7 @@ def evaluate(
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=str))
+@MODEL
 @click.option(
     "--revisions",
     default="steps",
@@ -119,7 +115,7 @@ def evaluate(
     help="steps: all there are. Or steps and half-open ranges, with commas: 0,1,2, "
     "1000:143000:10000 (each of them), 0:1000 (those that there are).",
 )
-@_task_options
+@_TASKS
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),

@@ -1,20 +1,27 @@
 """`pythia-jax gradients factors`: what a query's gradient is preconditioned with."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from pythia_jax.cli.options import CONFIG_HELP, DOTTED, load_config
+from pythia_jax.cli.options import (
+    CHECKPOINT_RECORDED,
+    DATA,
+    DATA_CONFIG_HELP,
+    DOTTED,
+    MESH,
+    MODEL,
+    StepRange,
+    load_config,
+)
 
 OF_BATCHES = {
     *("steps", "labels", "seed", "rows", "batch", "dtype", "fsdp", "tensor"),
     *("projection_dim", "projection_seed"),
 }
 """Options that say how batches are gone through."""
-_STEPS = re.compile(r"(\d+):(\d+)")
 
 
 @click.command(
@@ -23,17 +30,11 @@ _STEPS = re.compile(r"(\d+):(\d+)")
     "--factors`. MODEL is a hub id (70m), or a folder of any kind (gs:// too).\n\n"
     "ekfac and kfac: Kronecker factors of each linear module; autocorrelation: of projected "
     "gradients (TrackStar's); diagonal: mean squares; adam: the second moments of the optimizer's "
-    "state, for which no batch is read." + CONFIG_HELP.replace("config", "data's config", 1),
+    "state, for which no batch is read." + DATA_CONFIG_HELP,
 )
-@click.argument("model", type=click.Path(path_type=str))
-@click.option(
-    "--data",
-    "config",
-    required=True,
-    metavar="CONFIG",
-    help="YAML file of the run, or the prefix of its dataset, with every other key as Pythia's.",
-)
-@click.option("--steps", metavar="A:B", help="Of the batches; B is not included. Not for adam.")
+@MODEL
+@DATA
+@click.option("--steps", type=StepRange(), help="Of the batches; B is not included. Not for adam.")
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="A new folder."
 )
@@ -65,8 +66,7 @@ _STEPS = re.compile(r"(\d+):(\d+)")
 @click.option(
     "--batch", type=click.IntRange(min=1), help="Rows at once.  [default: about 2048 tokens]"
 )
-@click.option("--revision", help="Of a model on the hub.  [default: main]")
-@click.option("--step", type=int, help="Checkpoint of a run folder, or revision stepN.")
+@CHECKPOINT_RECORDED
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
@@ -74,15 +74,14 @@ _STEPS = re.compile(r"(\d+):(\d+)")
     show_default=True,
     help="Of the weights and the computation; sums are float32.",
 )
-@click.option("--fsdp", type=int, default=1, show_default=True, help="Devices to cut weights over.")
-@click.option("--tensor", type=int, default=1, show_default=True, help="Devices to cut heads over.")
+@MESH
 @click.pass_context
 def factors(
     ctx: click.Context,
     model: str,
     config: str,
     method: str,
-    steps: str | None,
+    steps: tuple[int, int] | None,
     out: Path,
     optimizer_state: str | None,
     **options: Any,
@@ -90,8 +89,6 @@ def factors(
     from pythia_jax.interp.factor_fitting import adam_factors_of, fit_factors_of
     from pythia_jax.interp.projection import Projection
 
-    if model.startswith("-"):  # click cannot know which dotted flags take a value
-        raise click.UsageError(f"MODEL comes before its flags: {ctx.command_path} MODEL {model} …")
     run = load_config(ctx, config, prefix_allowed=True)
     if method == "adam":
         given = [
@@ -114,15 +111,13 @@ def factors(
         return
     if optimizer_state is not None:
         raise click.UsageError("--optimizer-state goes with --method adam")
-    match = _STEPS.fullmatch(steps or "")
-    if match is None:
-        raise click.UsageError(f"--steps {steps}: two numbers, as 2990:3000 (3000 not included)")
+    if steps is None:
+        raise click.UsageError(f"--method {method} reads batches: give --steps A:B")
     size, seed = options.pop("projection_dim"), options.pop("projection_seed")
     if method != "autocorrelation" and (size is not None or seed is not None):
         raise click.UsageError("a projection goes with --method autocorrelation")
     projection = Projection(size or 16, seed) if method == "autocorrelation" else None
     labels = options.pop("labels") or ("true" if projection else "sampled")
-    start, stop = map(int, match.groups())
     how = {"method": method, "empirical": labels == "true", "projection": projection}
-    made = fit_factors_of(model, run, start, stop, out, **how, **options)
+    made = fit_factors_of(model, run, *steps, out, **how, **options)
     click.echo(f"{out}: {method} factors of {made.rows:,} rows ({made.tokens:,} tokens)")

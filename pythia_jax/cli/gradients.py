@@ -1,18 +1,26 @@
 """`pythia-jax gradients …`: an index of the gradients of training, and what is found in it."""
 
-import logging
-import re
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pythia_jax.cli.factors import factors
-from pythia_jax.cli.options import CONFIG_HELP, DOTTED, load_config
+from pythia_jax.cli.options import (
+    CHECKPOINT_RECORDED,
+    DATA,
+    DATA_CONFIG_HELP,
+    DOTTED,
+    MESH,
+    MODEL,
+    POD,
+    STEPS,
+    comes_first,
+    in_pod,
+    load_config,
+)
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
-_STEPS = re.compile(r"(\d+):(\d+)")
 _SHOWN = 200  # characters of a passage
 
 
@@ -33,17 +41,11 @@ def gradients() -> None:
     "(70m), or a folder of any kind (gs:// too). Of each linear module of the layers it is "
     "projected from both sides, in Bergson's format, bit for bit its projection. Rows are the "
     "exact batches, keyed by step, slot, document and token range. A stopped build goes on when "
-    "it is started again." + CONFIG_HELP.replace("config", "data's config", 1),
+    "it is started again." + DATA_CONFIG_HELP,
 )
-@click.argument("model", type=click.Path(path_type=str))
-@click.option(
-    "--data",
-    "config",
-    required=True,
-    metavar="CONFIG",
-    help="YAML file of the run, or the prefix of its dataset, with every other key as Pythia's.",
-)
-@click.option("--steps", required=True, metavar="A:B", help="Of the batches; B is not included.")
+@MODEL
+@DATA
+@STEPS
 @click.option("--out", type=_FOLDER, required=True, help="Folder of the index.")
 @click.option(
     "--unit",
@@ -69,12 +71,7 @@ def gradients() -> None:
 )
 @click.option("--rows", type=click.IntRange(min=1), help="A sample of so many sequences.")
 @click.option("--batch", type=click.IntRange(min=1), help="Rows at once.  [default: by memory]")
-@click.option("--revision", help="Of a model on the hub.  [default: main]")
-@click.option(
-    "--step",
-    type=int,
-    help="Checkpoint of a run folder, or revision stepN; of a Hugging Face folder, its step.",
-)
+@CHECKPOINT_RECORDED
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
@@ -82,15 +79,14 @@ def gradients() -> None:
     show_default=True,
     help="Of the weights and the computation.",
 )
-@click.option("--fsdp", type=int, default=1, show_default=True, help="Devices to cut weights over.")
-@click.option("--tensor", type=int, default=1, show_default=True, help="Devices to cut heads over.")
-@click.option("--pod", is_flag=True, help="Be one of several processes (docs/pods.md).")
+@MESH
+@POD
 @click.pass_context
 def build(
     ctx: click.Context,
     model: str,
     config: str,
-    steps: str,
+    steps: tuple[int, int],
     out: Path,
     projection_dim: int,
     projection_seed: int | None,
@@ -99,26 +95,14 @@ def build(
 ) -> None:
     from pythia_jax.interp.build import build_index_of
     from pythia_jax.interp.projection import Projection
-    from pythia_jax.training.pod import failing_at_once, is_first, join
 
-    if model.startswith("-"):  # click cannot know which dotted flags take a value
-        raise click.UsageError(f"MODEL comes before its flags: {ctx.command_path} MODEL {model} …")
-    match = _STEPS.fullmatch(steps)
-    if match is None:
-        raise click.UsageError(f"--steps {steps!r}: two numbers, as 2990:3000 (3000 not included)")
     if not projection_dim and projection_seed is not None:
         raise click.UsageError("--projection-seed goes with a projection (--projection-dim)")
     run = load_config(ctx, config, prefix_allowed=True)
     projection = Projection(projection_dim, projection_seed) if projection_dim else None
-    heartbeat = run.distributed.heartbeat_seconds
-    if pod:
-        join(heartbeat)
-        if not is_first():
-            logging.getLogger("pythia_jax").setLevel(logging.WARNING)
-    with failing_at_once(heartbeat) if pod else nullcontext():
-        start, stop = map(int, match.groups())
-        made = build_index_of(model, run, start, stop, out, projection=projection, **options)
-    if is_first():
+    with in_pod(pod, run) as first:
+        made = build_index_of(model, run, *steps, out, projection=projection, **options)
+    if first:
         numbers, dtype = made.gradients.shape[1], made.gradients.dtype
         click.echo(f"{out}: {len(made):,} rows of {numbers:,} numbers ({dtype})")
 
@@ -126,9 +110,9 @@ def build(
 @gradients.command(
     context_settings=DOTTED,
     help="The rows of an INDEX whose gradients are most like that of a text's loss."
-    + CONFIG_HELP.replace("config", "data's config (with --data)", 1),
+    + DATA_CONFIG_HELP.replace("config", "config (with --data)", 1),
 )
-@click.argument("index", type=_FOLDER)
+@click.argument("index", type=_FOLDER, callback=comes_first)
 @click.option("--text", required=True, help="The passage, or what comes before the completion.")
 @click.option(
     "--completion",
@@ -145,10 +129,12 @@ def build(
 )
 @click.option("--top", type=click.IntRange(min=1), default=50, show_default=True)
 @click.option(
-    "--model", help="Must be the one that the index was built with, which is found again."
+    "--model",
+    help="Where the index's model is; of other weights it is refused.  [default: where it was]",
 )
 @click.option("--revision", help="With --model: of a model on the hub.")
 @click.option("--step", type=int, help="With --model: its checkpoint.")
+@MESH
 @click.option("--data", "config", metavar="CONFIG", help="Of the run, where its data has moved.")
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write a .parquet or .csv."
@@ -158,34 +144,26 @@ def query(
     ctx: click.Context,
     index: Path,
     text: str,
-    model: str | None,
-    revision: str | None,
-    step: int | None,
     config: str | None,
     out: Path | None,
     **options: Any,
 ) -> None:
-    from pythia_jax import load
-    from pythia_jax.interp import querying
-    from pythia_jax.interp.index import described, open_index
+    from pythia_jax.interp import querying, tables
 
-    if model is None and (revision is not None or step is not None):
+    if options["model"] is None and (options["revision"], options["step"]) != (None, None):
         raise click.UsageError("--revision and --step go with --model")
     if config is None and ctx.args:
         raise click.UsageError(f"{ctx.args[0]}: keys of the data's config go with --data CONFIG")
     if out is not None:
-        querying.check_table(out)
-    opened = open_index(index)
-    dtype = opened.settings["computed_in"]
-    loaded = None if model is None else load(model, revision=revision, step=step, dtype=dtype)
+        tables.check(out)
     data = None if config is None else load_config(ctx, config, prefix_allowed=True)
-    hits = querying.query(opened, text, model=loaded, data=data, show_progress=True, **options)
-    for place, (score, row) in enumerate(zip(hits.scores, hits.rows, strict=True)):
-        click.echo(f"{place + 1:>4}  {score:.4g}  {described(row)}")
+    hits = querying.query_of(index, text, data=data, show_progress=True, **options)
+    for place, score in enumerate(hits.scores):
+        click.echo(f"{place + 1:>4}  {score:.4g}  {hits.described(place)}")
         if hits.texts:
             click.echo(f"      {_short(hits.texts[place])}")
     if out is not None:
-        querying.write_table(hits, out)
+        tables.write(out, hits.columns())
         click.echo(f"written to {out}")
 
 

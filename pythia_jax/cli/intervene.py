@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from pythia_jax.cli.options import CONFIG_HELP, DOTTED, check_first, load_config
+from pythia_jax.cli.options import CONFIG_HELP, DOTTED, MODEL, load_config
 
 
 @click.command(
@@ -14,7 +14,7 @@ from pythia_jax.cli.options import CONFIG_HELP, DOTTED, check_first, load_config
     "the base run. MODEL is a run folder, a GPT-NeoX checkpoint, a hub id, a Hugging Face folder."
     + CONFIG_HELP,
 )
-@click.argument("model", type=click.Path(path_type=str))
+@MODEL
 @click.option("--step", type=int, required=True, help="Where to begin: the first batch changed.")
 @click.option("--until", type=int, required=True, help="The last checkpoint.")
 @click.option(
@@ -45,7 +45,6 @@ def intervene(ctx: click.Context, model: str, config: Path, **given: Any) -> Non
     from pythia_jax.evaluation.intervene import intervene
     from pythia_jax.training.preemption import Preempted
 
-    check_first(ctx, "MODEL", model)
     base = load_config(ctx, config)
     try:
         result = intervene(model, base, **given)

@@ -1,14 +1,21 @@
 """`pythia-jax lens …`: what a model would say after each of its layers."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pythia_jax.cli.options import CONFIG_HELP, DOTTED, check_first, load_config
-
-_RANGE = re.compile(r"(\d+):(\d+)")
+from pythia_jax.cli.options import (
+    CHECKPOINT,
+    CHECKPOINT_RECORDED,
+    DATA,
+    DATA_CONFIG_HELP,
+    DOTTED,
+    MESH,
+    MODEL,
+    STEPS,
+    load_config,
+)
 
 
 @click.group()
@@ -23,7 +30,7 @@ def lens() -> None:
 
 
 @lens.command()
-@click.argument("model", type=click.Path(path_type=str))
+@MODEL
 @click.argument("prompt")
 @click.option(
     "--tuned",
@@ -38,10 +45,7 @@ def lens() -> None:
     show_default=True,
     help="After which token of PROMPT, from 0; below 0 from its end.",
 )
-@click.option("--revision", help="Of a model on the hub.  [default: main]")
-@click.option(
-    "--step", type=int, help="Checkpoint of a run folder; of a name on the hub, revision stepN."
-)
+@CHECKPOINT
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -77,17 +81,11 @@ def show(
     help="Fit a tuned lens to MODEL on the exact training batches of some steps, one update a "
     "batch, and tell how it does on the last of them, which is held out. The paper's lenses took "
     "250 updates of 128 rows. MODEL is a hub id (70m), or a folder of any kind (gs:// too)."
-    + CONFIG_HELP.replace("config", "data's config", 1),
+    + DATA_CONFIG_HELP,
 )
-@click.argument("model", type=click.Path(path_type=str))
-@click.option(
-    "--data",
-    "config",
-    required=True,
-    metavar="CONFIG",
-    help="YAML file of the run, or the prefix of its dataset, with every other key as Pythia's.",
-)
-@click.option("--steps", required=True, metavar="A:B", help="Of the batches; B is not included.")
+@MODEL
+@DATA
+@STEPS
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Safetensors."
 )
@@ -102,23 +100,20 @@ def show(
     show_default=True,
     help="Of the first update; it falls linearly to 0.",
 )
-@click.option("--revision", help="Of a model on the hub.  [default: main]")
-@click.option(
-    "--step",
-    type=int,
-    help="Checkpoint of a run folder, or revision stepN; of a Hugging Face folder, its step.",
-)
-@click.option("--fsdp", type=int, default=1, show_default=True, help="Devices to cut weights over.")
-@click.option("--tensor", type=int, default=1, show_default=True, help="Devices to cut heads over.")
+@CHECKPOINT_RECORDED
+@MESH
 @click.pass_context
-def fit(ctx: click.Context, model: str, config: str, steps: str, out: Path, **options: Any) -> None:
+def fit(
+    ctx: click.Context,
+    model: str,
+    config: str,
+    steps: tuple[int, int],
+    out: Path,
+    **options: Any,
+) -> None:
     from pythia_jax.interp.lens_fitting import fit_of
 
-    check_first(ctx, "MODEL", model)
-    match = _RANGE.fullmatch(steps)
-    if match is None:
-        raise click.UsageError(f"--steps {steps!r}: two numbers, as 0:250 (250 not included)")
     run = load_config(ctx, config, prefix_allowed=True)
-    found = fit_of(model, run, int(match[1]), int(match[2]), out, **options)
+    found = fit_of(model, run, *steps, out, **options)
     click.echo(found.text())
     click.echo(f"written to {out}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pythia_jax.cli.options import CONFIG_HELP, DOTTED, PREFIX_HELP, SPLIT, load_config
+from pythia_jax.cli.options import CONFIG_HELP, DOTTED, PREFIX_HELP, SPLIT, counted, load_config
 
 TOKENIZER = click.option(
     "--tokenizer",
@@ -115,7 +115,7 @@ def find(
             bar.set_postfix(found=found, refresh=False)
             bar.write("step {} row {} position {}".format(*place))
             write(place._asdict())
-    places = _count(found, "place")
+    places = counted(found, "place")
     click.echo(f"{places} in steps {start} to {stop} (not included) of {served.name}")
 
 
@@ -142,15 +142,11 @@ def document(ctx: click.Context, config: str, number: int, source: int, split: s
             f"{place.offset + place.length} at {place.position}:{place.position + place.length}"
         )
     rows, steps = len({place[:2] for place in seen}), len({place.step for place in seen})
-    drawn = _count(epochs(served.samples, source), "epoch")
+    drawn = counted(epochs(served.samples, source), "epoch")
     click.echo(
-        f"document {number} of {served.source}: in {_count(rows, 'row')} of {_count(steps, 'step')}"
-        f"; {served.name} draws from {drawn}"
+        f"document {number} of {served.source}: in {counted(rows, 'row')} of "
+        f"{counted(steps, 'step')}; {served.name} draws from {drawn}"
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _row_numbers(row: tuple[int, ...], rows: str | None) -> list[int] | slice | None:

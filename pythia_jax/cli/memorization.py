@@ -5,7 +5,15 @@ from typing import Any
 
 import click
 
-from pythia_jax.cli.options import CONFIG_HELP, DOTTED, check_first, load_config
+from pythia_jax.cli.options import (
+    CHECKPOINT_RECORDED,
+    DATA,
+    DATA_CONFIG_HELP,
+    DOTTED,
+    MESH,
+    MODEL,
+    load_config,
+)
 
 
 @click.command(
@@ -13,22 +21,11 @@ from pythia_jax.cli.options import CONFIG_HELP, DOTTED, check_first, load_config
     help="Score which rows of training MODEL recites: --prompt-length tokens in, greedy decoding "
     "of --continuation-length more, the fraction that is the row's own. MODEL is a hub id (70m), "
     "or a folder of any kind (gs:// too). A stopped run goes on when it is started again."
-    + CONFIG_HELP.replace("config", "data's config", 1),
+    + DATA_CONFIG_HELP,
 )
-@click.argument("model", type=click.Path(path_type=str))
-@click.option(
-    "--data",
-    "config",
-    required=True,
-    metavar="CONFIG",
-    help="YAML file of the run, or the prefix of its dataset, with every other key as Pythia's.",
-)
-@click.option("--revision", help="Of a model on the hub.  [default: main]")
-@click.option(
-    "--step",
-    type=int,
-    help="Checkpoint of a run folder, or revision stepN; of a Hugging Face folder, its step.",
-)
+@MODEL
+@DATA
+@CHECKPOINT_RECORDED
 @click.option("--start", type=int, default=0, show_default=True, help="First row.")
 @click.option("--stop", type=int, help="Row after the last.  [default: all seen at that step]")
 @click.option("--prompt-length", type=int, default=32, show_default=True)
@@ -41,8 +38,7 @@ from pythia_jax.cli.options import CONFIG_HELP, DOTTED, check_first, load_config
     show_default=True,
     help="Of the weights and the computation; upstream's was float16.",
 )
-@click.option("--fsdp", type=int, default=1, show_default=True, help="Devices to cut weights over.")
-@click.option("--tensor", type=int, default=1, show_default=True, help="Devices to cut heads over.")
+@MESH
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="CSV: index,score"
 )
@@ -60,7 +56,6 @@ def memorization(
     from pythia_jax.evaluation import memorization_plots as plots
     from pythia_jax.evaluation.memorization import memorization_of
 
-    check_first(ctx, "MODEL", model)
     run = load_config(ctx, config, prefix_allowed=True)
     if picture is not None:
         figures.check(picture)

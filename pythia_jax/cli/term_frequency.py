@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pythia_jax.cli.options import CONFIG_HELP, DOTTED, PREFIX_HELP, load_config
+from pythia_jax.cli.options import CONFIG_HELP, DOTTED, MODEL, PREFIX_HELP, load_config
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -82,7 +82,7 @@ def count(
 
 
 @term_frequency.command("score")
-@click.argument("model", type=click.Path(path_type=str))
+@MODEL
 @click.option(
     "--operation",
     type=click.Choice(["times", "plus"]),

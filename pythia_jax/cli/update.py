@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from pythia_jax.cli.counterfactual import RUN_HELP, run_config, run_options
-from pythia_jax.cli.options import CONFIG_HELP, DOTTED
+from pythia_jax.cli.counterfactual import RUN_HELP, RUN_OPTIONS, run_config
+from pythia_jax.cli.options import CONFIG_HELP, DOTTED, MODEL
 
 
 @click.command(
@@ -16,7 +16,7 @@ from pythia_jax.cli.options import CONFIG_HELP, DOTTED
     + RUN_HELP
     + CONFIG_HELP,
 )
-@click.argument("model", type=click.Path(path_type=str))
+@MODEL
 @click.option("--step", type=int, required=True, help="Its checkpoint, and the step's batch.")
 @click.option(
     "--rows", type=click.IntRange(min=1), help="Look at so many rows only, evenly spread."
@@ -27,7 +27,7 @@ from pythia_jax.cli.options import CONFIG_HELP, DOTTED
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for parameters.csv, rows.csv and update.json.",
 )
-@run_options
+@RUN_OPTIONS
 @click.pass_context
 def update(
     ctx: click.Context,

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     )
     from pythia_jax.interp.index import Index, open_index
     from pythia_jax.interp.influence import pairwise, scores, token_scores, tracin
+    from pythia_jax.interp.lens_reading import read_prompt
     from pythia_jax.interp.lenses import LensLosses, TunedLens, lens_losses, logit_lens
     from pythia_jax.interp.measures import (
         Measure,
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from pythia_jax.interp.preconditioning import adam_factors, adam_updates, precondition
     from pythia_jax.interp.projection import Projection, matrices
     from pythia_jax.interp.querying import Hits, query
+    from pythia_jax.interp.resuming import Resumed, resumed
     from pythia_jax.interp.token_attribution import input_x_gradient, integrated_gradients
     from pythia_jax.interp.updates import Update, update
 
@@ -98,6 +100,9 @@ _HOMES = {
     "lens_curve": "measures",
     "noise_scale_curve": "measures",
     "token_loss_curve": "measures",
+    "read_prompt": "lens_reading",
+    "Resumed": "resuming",
+    "resumed": "resuming",
     "metagradient": "metagradients",
     "trained": "metagradients",
     "fisher_diagonal": "curvature",
@@ -176,6 +181,7 @@ __all__ = [
     "NoiseScale",
     "OverCheckpoints",
     "Projection",
+    "Resumed",
     "TunedLens",
     "Update",
     "activation_gradients",
@@ -230,6 +236,8 @@ __all__ = [
     "precondition",
     "query",
     "read_curves",
+    "read_prompt",
+    "resumed",
     "sample_labels",
     "scores",
     "token_heat_map",

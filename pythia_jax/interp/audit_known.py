@@ -50,7 +50,7 @@ def known_of(checkpoints: Checkpoints) -> Known:
     folder = Path(model)
     if is_run(model):
         return _of_run(path_of(model))
-    if folder.is_dir():
+    if folder.exists() or not hub.is_hub_name(folder.as_posix()):
         return Known(unmoved=_first_update)
     return _of_hub(hub.hub_id(folder.as_posix()))
 

@@ -309,7 +309,7 @@ class _Walk:
 
     def _places(self, steps: list[int], distances: np.ndarray) -> None:
         if len(steps) < rules.FEWEST:
-            text = f"{len(steps)} checkpoints to compare: too few to tell whether labels fit"
+            text = f"too few checkpoints to compare ({len(steps)}) to tell whether labels fit"
             self._find("note", (), text, fault=False)
             return
         seems, untold = rules.misplaced(steps, distances)

@@ -7,7 +7,6 @@ computed, the next one is read and the one before it is written.
 
 import dataclasses
 import logging
-import math
 import os
 import time
 from collections import deque
@@ -20,28 +19,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
 from jax.typing import DTypeLike
 from numpy.typing import NDArray
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import pythia_jax
-from pythia_jax import configs, sharding
-from pythia_jax.bridge import Model, load, open_any
-from pythia_jax.bridge.hf_config import is_hf_folder
-from pythia_jax.bridge.revisions import weights_hash
+from pythia_jax import sharding
+from pythia_jax.bridge import Model
+from pythia_jax.bridge.revisions import load_at, open_at, weights_hash
 from pythia_jax.configs import MeshConfig, RunConfig, Runtime
 from pythia_jax.data import Batches, batches, load_tokenizer
 from pythia_jax.data.storage import is_url
-from pythia_jax.interp import bergson, index_writer, preflight
-from pythia_jax.interp.chunks import Chunks, least, parts_of_rows
+from pythia_jax.interp import bergson, index_writer, preflight, result_folder, training_rows
+from pythia_jax.interp.chunks import Chunks
 from pythia_jax.interp.index import (
     GRADIENTS,
     PRECISIONS,
-    PROVENANCE,
     ROW,
-    RUN,
     Index,
     layout,
     open_index,
@@ -49,18 +44,16 @@ from pythia_jax.interp.index import (
     unfinished,
     width,
 )
-from pythia_jax.interp.passages import TOKENIZER, digest_of_rows
+from pythia_jax.interp.passages import TOKENIZER
 from pythia_jax.interp.preflight import Memory, in_bytes, in_time
 from pythia_jax.interp.projection import Projection
-from pythia_jax.training.provenance import data_identity
+from pythia_jax.interp.result_folder import PROVENANCE, RUN
+from pythia_jax.training.agreement import all_say
 
 log = logging.getLogger(__name__)
 
 PROJECTION = Projection()
 """Of an index, if nobody says otherwise."""
-TOKENS = {"cpu": 2**11}
-"""Tokens that a device computes with at once, if nobody says how many rows."""
-TOKENS_ELSEWHERE = 2**14
 _AHEAD = 2  # chunks read ahead, and as many on their way to the disk
 
 
@@ -101,7 +94,7 @@ def build_index(
     _check(model, config, served, start, stop, wanted)
     settings = _settings(model, config, served, start, stop, wanted)
     settings["compute_dtype"] = runtime.dtype
-    with index_writer.alone(out, jax.process_index()):
+    with result_folder.alone(out):
         before = index_writer.saved(out, settings)
         if (out / PROVENANCE).exists():
             log.info("%s: this index is finished already", out)
@@ -114,20 +107,11 @@ def build_index(
         row_bytes = width(layout(model.config, projection)[0]) * dtype.itemsize
         _check_disk(out, len(found), row_bytes)
         if before is not None:
-            batch = _same_batch(batch, before["rows_together"], out)
+            batch = result_folder.check_together(batch, before, out)
         chunks, memory = _compiled(model, served, found, length, batch, projection, dtype, runtime)
         computed = _computed(model, config, chunks, opened)
-        about = {"settings": settings, "computed": computed}
-        writer = index_writer.enter(
-            out,
-            found,
-            row_bytes,
-            about,
-            _files(model, config, out, wanted, len(found), computed),
-            process=jax.process_index(),
-            processes=jax.process_count(),
-            agree=least,
-        )
+        files = _files(model, config, out, wanted, len(found), computed)
+        writer = index_writer.enter(out, found, row_bytes, settings, computed, files)
         told = f"{len(found):,} rows, {in_bytes(len(found) * row_bytes)}"
         if memory.free is not None:
             told += f"; {in_bytes(memory.wanted)} of memory of {in_bytes(memory.free)} free"
@@ -136,7 +120,7 @@ def build_index(
                 _run(chunks, writer, told, bar)
             finally:
                 writer.close()
-        index_writer.finish(out, process=jax.process_index(), agree=least)
+        index_writer.finish(out)
     return open_index(out)
 
 
@@ -162,23 +146,19 @@ def build_index_of(
     Raises as both do.
     """
     mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=fsdp, tensor=tensor))
-    told = not is_url(source) and is_hf_folder(Path(source))
-    at = None if told else step
     if fsdp > 1 or tensor > 1:
-        config_of_model = open_any(source, revision=revision, step=at).config
-        sharding.check_fit(mesh, config_of_model, math.prod(mesh.shape[a] for a in sharding.ROWS))
+        model_config = open_at(source, revision=revision, step=step).config
+        sharding.check_fit(mesh, model_config, sharding.parts_of_rows(mesh))
     folder = not is_url(source) and Path(source).exists()
     opened = {
         "path_or_id": str(Path(source).resolve() if folder else source),
         "revision": revision,
-        "step": at,
+        "step": step,
         "dtype": jnp.dtype(dtype).name,
     }
     with jax.set_mesh(mesh):
-        model = load(source, revision=revision, step=at, dtype=dtype)
-        if told and step is not None:
-            model = dataclasses.replace(model, step=step)
-        elif not told and (folder or is_url(source)):
+        model = load_at(source, revision=revision, step=step, dtype=dtype)
+        if folder or is_url(source):
             opened["step"] = model.step  # the newest of today may not be that of a query
         return build_index(model, config, start, stop, out, opened=opened, **how)
 
@@ -200,19 +180,7 @@ def _check(
         raise ValueError(f"unit {wanted.unit!r}: choose sequence or document")
     if wanted.precision not in PRECISIONS:
         raise ValueError(f"precision {wanted.precision!r}: choose from {', '.join(PRECISIONS)}")
-    if wanted.rows is not None and wanted.rows < 1:
-        raise ValueError(f"rows {wanted.rows}: must be at least 1")
-    if not 0 <= start < stop <= len(served):
-        raise ValueError(
-            f"steps {start}:{stop} (half-open) are not steps of {served.name}, which has "
-            f"{len(served):,}, from 0 on"
-        )
-    seq, positions = config.data.sequence_length, model.config.max_position_embeddings
-    if seq > positions:
-        raise ValueError(
-            f"data.sequence_length {seq}: the model has {positions} positions; give the config of "
-            "the run that it is of"
-        )
+    training_rows.check(config, served, model.config, start, stop, wanted.rows)
     if model.step is not None and stop > model.step:
         log.info(
             "batches from step %d on come after the model's step %d: it has not seen them",
@@ -229,36 +197,12 @@ def _settings(
         "weights": weights_hash(model.params),
         "step": model.step,
         "model": dataclasses.asdict(model.config),
-        "data": _data_identity(config),
-        "rows": digest_of_rows(served, start, stop),
-        "steps": [start, stop],
-        "sample": wanted.rows,
+        **training_rows.identity(config, served, start, stop, wanted.rows),
         "unit": wanted.unit,
         "projection": None if wanted.projection is None else dataclasses.asdict(wanted.projection),
         "precision": wanted.precision,
         "computed_in": jax.tree.leaves(model.params)[0].dtype.name,
     }
-
-
-def _data_identity(config: RunConfig) -> dict[str, Any]:
-    found = data_identity(_train_only(config))
-    return {"train": found["train"], "transform": found.get("transform")}
-
-
-def _train_only(config: RunConfig) -> RunConfig:
-    """The run without the splits that an index does not read, its paths good from anywhere."""
-
-    def placed(path: str) -> str:
-        return path if is_url(path) else os.path.abspath(path)
-
-    data = config.data
-    if data.split is None:
-        data = dataclasses.replace(
-            data, validation=(), validation_weights=(), test=(), test_weights=()
-        )
-    documents = None if data.documents is None else placed(data.documents)
-    data = dataclasses.replace(data, train=tuple(map(placed, data.train)), documents=documents)
-    return dataclasses.replace(config, data=data)
 
 
 def _computed(
@@ -292,7 +236,7 @@ def _files(
     projection = wanted.projection
     made = bergson.files(model.config, projection, rows, PRECISIONS[wanted.precision])
     made["config.yaml"] = bergson.run_file(out, bergson.model_of(computed), projection)
-    made[RUN] = yaml.safe_dump(configs.to_dict(_train_only(config)), sort_keys=False).encode()
+    made[RUN] = training_rows.run_file(config)
     tokenizer = model.tokenizer_files.get("tokenizer.json")
     if tokenizer is None and config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer).to_str().encode()
@@ -308,15 +252,6 @@ def _check_disk(out: Path, rows: int, row_bytes: int) -> None:
     preflight.check_disk(out, wanted, f"an index of {rows:,} rows", there=written)
 
 
-def _same_batch(asked: int | None, before: int, out: Path) -> int:
-    if asked not in (None, before):
-        raise FileExistsError(
-            f"{out} was begun with {before} rows together (batch), and {asked} would round "
-            f"otherwise: give --batch {before} to go on, or name another folder"
-        )
-    return before
-
-
 def _compiled(
     model: Model,
     served: Batches,
@@ -328,13 +263,8 @@ def _compiled(
     runtime: Runtime,
 ) -> tuple[Chunks, Memory]:
     """The program for as many rows as asked for, or as fit."""
-    parts = parts_of_rows()
-    if batch is not None and (batch < 1 or batch % parts):
-        raise ValueError(
-            f"batch {batch}: rows are cut over {parts} devices; give a multiple of that"
-        )
-    each = max(1, TOKENS.get(jax.default_backend(), TOKENS_ELSEWHERE) // (length - 1))
-    size = batch or min(each, -(-len(rows) // parts)) * parts
+    parts = sharding.parts_of_rows()
+    size = training_rows.together(batch, len(rows), length - 1)
     while True:
         last = batch is not None or size == parts
         try:
@@ -350,7 +280,7 @@ def _compiled(
                 runtime=runtime,
             )
             memory = preflight.memory_of(chunks.compiled, outputs=1 + _AHEAD)
-            if least(memory.fits):
+            if all_say(memory.fits):
                 return chunks, memory
             if last:
                 advice = "give a smaller --batch" if size > parts else "cut the model: --fsdp"

@@ -1,6 +1,5 @@
 """Rows of an index computed together: one compiled program, on one device or cut over a mesh."""
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,10 +15,10 @@ from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.data import Batches
 from pythia_jax.interp.collecting import LINEAR, collect
 from pythia_jax.interp.index import described
-from pythia_jax.interp.projection import Projection, matrices
-from pythia_jax.model.attention import exact
+from pythia_jax.interp.projection import Projection, matrices, module_name
 from pythia_jax.model.gptneox import check_tokens
 from pythia_jax.model.parameters import Params
+from pythia_jax.model.sinks import Units
 
 Part = tuple[int, NDArray[Any]]
 """A row's number, and values of it and of those that follow."""
@@ -35,18 +34,9 @@ def kernel_gradient(inputs: jax.Array, cotangents: jax.Array, sides: Any) -> jax
 
     sides: `left [out, p]` and `right [in, p]`; None for no projection.
     """
-    if sides is not None:
-        inputs, cotangents = (
-            jnp.matmul(value, side.astype(value.dtype), precision=exact(value))
-            for value, side in ((inputs, sides["right"]), (cotangents, sides["left"]))
-        )
-    return jnp.einsum(
-        "bso,bsi->boi",
-        cotangents,
-        inputs,
-        precision=exact(inputs),
-        preferred_element_type=jnp.promote_types(inputs.dtype, jnp.float32),
-    )
+    if sides is None:
+        return Units().products(cotangents, inputs)
+    return Units().projections(inputs, cotangents, sides)
 
 
 @partial(jax.jit, static_argnames=("config", "runtime"))
@@ -60,18 +50,27 @@ def row_gradients(
     runtime: Runtime,
 ) -> Float[Array, "batch numbers"]:
     """Rows of an index: gradients of Σ weights x cross-entropy by row, in an index's order."""
+    return _in_rows(_by_module(params, sides, tokens, weights, config, runtime))
+
+
+def _by_module(
+    params: Params,
+    sides: dict[str, Any] | None,
+    tokens: jax.Array,
+    weights: jax.Array,
+    config: ModelConfig,
+    runtime: Runtime,
+) -> list[jax.Array]:
+    """The gradients of each linear module, `[layers, batch, numbers]`, in the order of `LINEAR`."""
     found = collect(
         params, tokens, config, kernel_gradient, aux=sides, loss_weights=weights, runtime=runtime
     )
-    blocks = [found[module] for module in LINEAR]
-    wide = jnp.concatenate([block.reshape(*block.shape[:2], -1) for block in blocks], axis=2)
-    return wide.swapaxes(0, 1).reshape(tokens.shape[0], -1)
+    return [found[module].reshape(*found[module].shape[:2], -1) for module in LINEAR]
 
 
-def parts_of_rows() -> int:
-    """How many parts the mesh around us cuts rows into."""
-    mesh = sharding.current()
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in sharding.ROWS)
+def _in_rows(blocks: list[jax.Array]) -> jax.Array:
+    """One after another, layer by layer: `[batch, numbers]`."""
+    return jnp.concatenate(blocks, axis=2).swapaxes(0, 1).reshape(blocks[0].shape[1], -1)
 
 
 def projection_sides(projection: Projection | None, config: ModelConfig) -> dict[str, Any] | None:
@@ -95,17 +94,27 @@ def _stored(
     dtype: Any,
     runtime: Runtime,
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients as they are stored, `[batch, numbers]`, and what is wrong with each row, if any."""
+    """Gradients as they are stored, `[batch, numbers]`, and the `_FAULTS` of each row's modules.
+
+    Of the modules, `[batch, layers x modules]` in an index's order; 0 where nothing is wrong.
+    """
     targets = jnp.arange(1, tokens.shape[1])
     weights = (starts[:, None] <= targets) & (targets < stops[:, None])
-    wide = row_gradients(params, sides, tokens, weights, config=config, runtime=runtime)
-    stored = wide.astype(dtype)
-    wrong = (
-        ~jnp.isfinite(wide).all(axis=1),
-        ~jnp.isfinite(stored).all(axis=1),
-        (wide != 0).any(axis=1) & ~(stored != 0).any(axis=1),
-    )
-    return stored, jnp.select(wrong, [1, 2, 3], 0).astype(jnp.int8)
+    blocks = _by_module(params, sides, tokens, weights, config, runtime)
+    kept = [block.astype(dtype) for block in blocks]
+    faults = [
+        jnp.select(
+            (
+                ~jnp.isfinite(wide).all(axis=2),
+                ~jnp.isfinite(stored).all(axis=2),
+                (wide != 0).any(axis=2) & ~(stored != 0).any(axis=2),
+            ),
+            [1, 2, 3],
+            0,
+        )
+        for wide, stored in zip(blocks, kept, strict=True)
+    ]
+    return _in_rows(kept), _in_rows([fault[..., None].astype(jnp.int8) for fault in faults])
 
 
 @dataclass(frozen=True)
@@ -189,18 +198,26 @@ class Chunks:
     def fetch(self, computed: Computed) -> list[Part]:
         """The rows of a chunk that this process holds, waited for.
 
-        Raises ValueError, naming the row, for a gradient that cannot be stored.
+        Raises ValueError, naming the row and the module, for a gradient that cannot be stored.
         """
         first = computed.number * self.batch
         for at, faults in _own_parts(computed.fault):
-            for i in np.flatnonzero(faults):
+            for i in np.flatnonzero(faults.any(axis=1)):
                 row = first + at + int(i)
                 if row < len(self.rows):
-                    told = _FAULTS[int(faults[i])].format(self.dtype.name)
-                    raise ValueError(f"the gradient of {described(self.rows[row])} {told}")
+                    raise ValueError(self._told(row, faults[i]))
         parts = ((first + at, values) for at, values in _own_parts(computed.stored))
         cut = [(row, values[: len(self.rows) - row]) for row, values in parts]
         return [(row, values) for row, values in cut if len(values)]
+
+    def _told(self, row: int, faults: NDArray[np.int8]) -> str:
+        """The gravest of a row's faults, and where it is."""
+        gravest = faults[faults > 0].min()
+        layer, module = divmod(int(np.argmax(faults == gravest)), len(LINEAR))
+        name, others = module_name(LINEAR[module], layer), (faults == gravest).sum() - 1
+        told = _FAULTS[int(gravest)].format(self.dtype.name)
+        where = f"{name} and {others} more" if others else name
+        return f"the gradient of {described(self.rows[row])}, in {where}, {told}"
 
     def _tokens(self, chosen: NDArray[Any]) -> NDArray[np.int32]:
         """The sequences of rows, `[n, seq + 1]`; one that several rows are of is read once."""
@@ -221,17 +238,3 @@ def _own_parts(array: jax.Array) -> list[Part]:
         for shard in array.addressable_shards
         if shard.replica_id == 0
     ]
-
-
-def least(values: int) -> int:
-    """The least of the numbers that the processes give, told to all; each waits for the others."""
-    if jax.process_count() == 1:
-        return values
-    devices = np.array(jax.devices())
-    mesh = jax.sharding.Mesh(devices, ("device",))
-    rows = jax.sharding.NamedSharding(mesh, jax.P("device"))
-    given = jax.make_array_from_callback(
-        (devices.size,), rows, lambda _: np.array([values], np.int32)
-    )
-    whole = jax.sharding.NamedSharding(mesh, jax.P())
-    return int(jax.jit(jnp.min, out_shardings=whole)(given))

@@ -9,7 +9,7 @@ from flax import traverse_util
 from jaxtyping import Float, Int
 
 from pythia_jax.configs import ModelConfig, Runtime
-from pythia_jax.model.gptneox import AnyArray, check_tokens, hidden_states
+from pythia_jax.model.gptneox import AnyArray, check_rows, hidden_states
 from pythia_jax.model.loss import hidden_gradient
 from pythia_jax.model.parameters import TABLE, Params
 from pythia_jax.model.sinks import Sink, Statistic
@@ -135,13 +135,6 @@ def backward(
     kernel = params["embed_out"]["kernel"]
     d_hidden = hidden_gradient(hidden, kernel, weights, labels, runtime.loss_chunk)
     return Backward(hidden, d_hidden, lambda cotangent: pull(cotangent)[0], labels, weights)
-
-
-def check_rows(tokens: AnyArray, config: ModelConfig) -> None:
-    """Refuse what are not `[batch, seq + 1]` token ids; inside `jax.jit`, by the shape alone."""
-    if tokens.ndim != 2 or tokens.shape[1] < 2:
-        raise ValueError(f"tokens of shape {tokens.shape}: [batch, seq + 1] is wanted")
-    check_tokens(tokens, config)
 
 
 def _targets(

@@ -1,9 +1,7 @@
 """Files of a counterfactual: which rows are changed, by a table of hits, and what came of it."""
 
-import csv
-import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,10 @@ import jax
 import numpy as np
 
 import pythia_jax
+from pythia_jax.configs import RunConfig
+from pythia_jax.data import batches
 from pythia_jax.files import write_whole
+from pythia_jax.interp import tables, training_rows
 from pythia_jax.interp.counterfactuals import Counterfactual
 from pythia_jax.interp.evaluation_rows import EvaluationRows
 from pythia_jax.interp.resuming import told
@@ -19,18 +20,19 @@ from pythia_jax.interp.resuming import told
 _SHOWN = 20  # evaluation rows that are printed
 
 
-def read_weights(path: Path, sequence_length: int, *, drop: bool) -> dict[tuple[int, int], float]:
+def read_weights(path: Path, config: RunConfig, *, drop: bool) -> dict[tuple[int, int], float]:
     """Weights by (step, slot) of a table of hits, .csv or .parquet (`gradients query --out`).
 
-    drop: every row listed weighs 0; otherwise its column `weight` says what it weighs.
+    config: the run whose rows they are. drop: every row listed weighs 0; otherwise its column
+    `weight` says what it weighs.
 
     Raises FileNotFoundError, and ValueError, naming the line, for what is no such table: a column
-    missing, no whole number, one row with two weights; and for lines of a part of a sequence.
+    missing, no whole number, one row with two weights; for lines of a part of a sequence; and for
+    rows of other data than the run's, where a column `data` tells of which they are.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
     weights: dict[tuple[int, int], float] = {}
-    for name, line in _lines(path):
+    ours: set[str] = set()
+    for name, line in tables.read(path):
         for column in ("step", "slot", *(() if drop else ("weight",))):
             if line.get(column) in (None, ""):
                 raise ValueError(f"{name}: column {column} is missing")
@@ -39,7 +41,8 @@ def read_weights(path: Path, sequence_length: int, *, drop: bool) -> dict[tuple[
                 f"{path} has a column weight, and what is dropped weighs 0: give the file to "
                 "--reweight, or leave the column out"
             )
-        _refuse_part(name, line, sequence_length)
+        _refuse_part(name, line, config.data.sequence_length)
+        _refuse_other_data(name, line, config, ours)
         place = (_whole(name, line, "step"), _whole(name, line, "slot"))
         weight = 0.0 if drop else _number(name, line["weight"])
         if weights.setdefault(place, weight) != weight:
@@ -52,25 +55,6 @@ def read_weights(path: Path, sequence_length: int, *, drop: bool) -> dict[tuple[
     return weights
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """What to call each line of a table, and its columns."""
-    if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise RuntimeError(
-                f"{path}: Parquet is read by pyarrow: pip install pyarrow, or give a .csv"
-            ) from None
-        for number, line in enumerate(parquet.read_table(path).to_pylist()):
-            yield f"{path}: row {number}", line
-        return
-    if path.suffix != ".csv":
-        raise ValueError(f"{path}: a table of hits ends in .csv or .parquet")
-    with path.open(newline="", encoding="utf-8") as file:
-        for number, line in enumerate(csv.DictReader(file), 2):
-            yield f"{path}: line {number}", line
-
-
 def _refuse_part(name: str, line: Mapping[str, Any], sequence_length: int) -> None:
     if "start" not in line or "stop" not in line:
         return
@@ -81,6 +65,26 @@ def _refuse_part(name: str, line: Mapping[str, Any], sequence_length: int) -> No
             "weighs whole ones: one document of a row cannot be left out. To leave out the whole "
             "row, take columns start and stop out of the table"
         )
+
+
+def _refuse_other_data(
+    name: str, line: Mapping[str, Any], config: RunConfig, ours: set[str]
+) -> None:
+    """ours: what was found to be of the run's data before."""
+    told = str(line.get("data") or "")
+    if not told or told in ours:
+        return
+    served = batches(config)
+    try:
+        same = training_rows.has_label(served, told)
+    except ValueError as error:
+        raise ValueError(f"{name}: column data: {error}") from None
+    if not same:
+        raise ValueError(
+            f"{name}: is a row of other data, or of another order of it, than {served.source} "
+            "(column data: steps, and a digest of their rows): query an index of this run's rows"
+        )
+    ours.add(told)
 
 
 def _whole(name: str, line: Mapping[str, Any], column: str) -> int:
@@ -122,7 +126,7 @@ def write(
     out.mkdir(exist_ok=True)
     losses = (found.before, found.base, found.changed, found.effect)
     evaluated = zip(range(len(rows)), rows.lengths.tolist(), *losses, strict=True)
-    write_csv(
+    tables.write_csv(
         out / "evaluation.csv", ("row", "tokens", "before", "base", "changed", "change"), evaluated
     )
     of_steps = zip(
@@ -134,9 +138,9 @@ def write(
         strict=True,
     )
     columns = ("step", "base_loss", "changed_loss", "change", "distance")
-    write_csv(out / "steps.csv", columns, of_steps)
+    tables.write_csv(out / "steps.csv", columns, of_steps)
     weights = [(*place, weight) for place, weight in sorted(found.weights.items())]
-    write_csv(out / "rows.csv", ("step", "slot", "weight"), weights)
+    tables.write_csv(out / "rows.csv", ("step", "slot", "weight"), weights)
     told_of = {
         **about,
         "from": found.start,
@@ -163,16 +167,6 @@ def write(
     write_whole(out / "counterfactual.json", json.dumps(told_of, indent=1).encode() + b"\n")
 
 
-def write_csv(path: Path, columns: Sequence[str], lines: Any) -> None:
-    """A table, whole or not at all; numbers with all their digits."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for line in lines:
-        writer.writerow([x.item() if isinstance(x, np.generic) else x for x in line])
-    write_whole(path, text.getvalue().encode())
-
-
 def text(found: Counterfactual, rows: EvaluationRows, compared: Mapping[int, list[str]]) -> str:
     """What came of it, for people."""
     zero = sum(weight == 0 for weight in found.weights.values())
@@ -181,6 +175,7 @@ def text(found: Counterfactual, rows: EvaluationRows, compared: Mapping[int, lis
     named += [f"{other} rows reweighted"] if other else []
     end = found.start + found.steps
     lines = [f"checkpoint {found.start} to {end}, {' and '.join(named)}", ""]
+    lines.append(f"loss of {rows.name}, in nats a token")
     lines.append(f"{'row':>6}  {'before':>9}  {'base':>9}  {'changed':>9}  {'change':>11}")
     order = np.argsort(-np.abs(found.effect), kind="stable")[:_SHOWN]
     numbers = (found.before, found.base, found.changed)
@@ -191,7 +186,6 @@ def text(found: Counterfactual, rows: EvaluationRows, compared: Mapping[int, lis
         lines.append(f"({len(order)} of {len(rows)} rows, those changed most)")
     relative = found.distance[-1] / found.moved if found.moved else np.nan
     lines += [
-        "losses in nats a token",
         "",
         f"weights: {found.distance[-1]:.4g} from the base run's, {relative:.2%} of the "
         f"{found.moved:.4g} that these went",

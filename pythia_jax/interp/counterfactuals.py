@@ -9,6 +9,7 @@ more for it. Both runs go step by step beside each other; up to the first change
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from pythia_jax import data
 from pythia_jax.configs import RunConfig
 from pythia_jax.data import Batches
+from pythia_jax.interp import preflight
 from pythia_jax.interp.evaluation_rows import EvaluationRows
 from pythia_jax.interp.resuming import differences, resumed
 from pythia_jax.model.parameters import Params, items
@@ -74,9 +76,9 @@ class Counterfactual:
 
 
 def counterfactual(
-    config: RunConfig,
     state: TrainState,
     weights: Weights,
+    config: RunConfig,
     *,
     steps: int,
     evaluate: Callable[[Params], ArrayLike] | None = None,
@@ -86,10 +88,10 @@ def counterfactual(
 ) -> Counterfactual:
     """Go on from `state` for `steps` steps, as the run did and with other weights of some rows.
 
-    config: the run's. state: of a checkpoint; it is left as it is. weights: 0 drops a row, 1
-    changes nothing. evaluate: from parameters to losses, `[rows]`. batches: the run's, or any
-    function from a step's number to its batch; None reads those of `config`. on_base: called with
-    each state of the base run, which is gone when it returns.
+    state: of a checkpoint (`resumed` has it); it is left as it is. weights: 0 drops a row, 1
+    changes nothing. config: the run's. evaluate: from parameters to losses, `[rows]`. batches: the
+    run's, or any function from a step's number to its batch; None reads those of `config`.
+    on_base: called with each state of the base run, which is gone when it returns.
 
     Base steps are those of `train`, by the same compiled program. So are those of the changed run
     whose rows are not named; the others take the weights of all of their rows, also those of 1.
@@ -97,12 +99,13 @@ def counterfactual(
     On the mesh around us if there is one. Two train states exist at once, beside the one given.
 
     Raises ValueError for weights that change no row of these steps or name a row that is not there,
-    and RuntimeError where a run comes to a loss that is no number.
+    MemoryError with the numbers for what does not fit, and RuntimeError where a run comes to a loss
+    that is no number.
     """
     return compare(
-        config,
         _copied(state),
         weights,
+        config,
         steps=steps,
         evaluate=evaluate,
         batches=_function(config, batches, int(state.step), steps),
@@ -146,7 +149,6 @@ def counterfactual_of(
         config,
         step,
         steps=steps,
-        states=2,
         optimizer_state=optimizer_state,
         revision=revision,
         show_progress=show_progress,
@@ -155,9 +157,9 @@ def counterfactual_of(
         made = run.config.model
         assert made is not None
         found = compare(
-            run.config,
             run.state,
             weights,
+            run.config,
             steps=steps,
             evaluate=lambda params: rows.losses(params, made),
             batches=lambda _: next(feed),
@@ -208,9 +210,9 @@ def check_weights(
 
 
 def compare(
-    config: RunConfig,
     base: TrainState,
     weights: Weights,
+    config: RunConfig,
     *,
     steps: int,
     evaluate: Callable[[Params], ArrayLike] | None,
@@ -228,6 +230,12 @@ def compare(
     losses, distances = [], []
     for step in _bar(range(start, start + steps), show_progress):
         tokens = batches(step)
+        if step == start:
+            preflight.check_memory(
+                "a changed run beside the base run",
+                (1, base),
+                program=partial(_step_program, base, tokens, config),
+            )
         given = _row_weights(inside, step, config.training.batch_size)
         if given is None:
             if changed is not None:
@@ -268,6 +276,10 @@ def compare(
     )
 
 
+def _step_program(state: TrainState, tokens: Any, config: RunConfig) -> Any:
+    return jitted_train_step.lower(state, tokens, config=config).compile()
+
+
 def _copied(state: TrainState) -> TrainState:
     """A state that a train step may give up."""
     return jax.tree.map(jnp.copy, state)
@@ -304,9 +316,8 @@ def _row_weights(
 
 def _bar(steps: range, show: bool) -> Iterator[int]:
     with logging_redirect_tqdm():
-        yield from tqdm(
-            steps, desc="base and changed", unit="step", disable=not show or not is_first()
-        )
+        bar = tqdm(steps, desc="base and changed", unit="step", disable=not show or not is_first())
+        yield from preflight.timed(bar, len(steps), "the steps that are left")
 
 
 def _values(

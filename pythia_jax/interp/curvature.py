@@ -9,7 +9,6 @@ digits, and the Hessian is no longer symmetric. In float32 every product of matr
 float32 on TPUs and GPUs too (`pythia_jax.model.attention.exact`).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig, Runtime
+from pythia_jax.interp import preflight
 from pythia_jax.interp.gradients import per_example_gradients
 from pythia_jax.model import kernels, parameters
 from pythia_jax.model.attention import exact
@@ -58,7 +58,9 @@ def hvp(
 
     Forward over reverse (Pearlmutter, 1994): about three gradients' time, twice one's memory.
 
-    Raises ValueError for tokens that do not fit, or an attention kernel without second derivatives.
+    Raises ValueError for tokens that do not fit, an attention kernel without second derivatives,
+    and a product that is no finite number, with what made it so: the vector, a parameter, or a row.
+    Inside `jax.jit` the last cannot be told: look at what comes out.
     """
     return _product(_hvp, params, tokens, config, runtime)(vector)
 
@@ -126,11 +128,13 @@ def hessian_top_eigenvalues(
     ‖H v − λ v‖ of each). A residual bounds the distance to the nearest true eigenvalue; where it
     is not small, take more iterations.
 
-    Raises ValueError for impossible k or iterations, and as `hvp`.
+    Raises ValueError for impossible k or iterations, and as `hvp`; MemoryError with the numbers
+    for what does not fit.
     """
     _check_iterations(iterations, parameters.count(config))
     if not 1 <= k <= iterations:
         raise ValueError(f"k = {k}: from 1 to the number of iterations ({iterations}) is wanted")
+    _check_room(params, tokens, config, runtime, iterations, k)
     product = _product(_hvp, params, tokens, config, runtime)
     start = _random(params, key, jax.random.normal)
     diagonal, off, basis = lanczos(product, start, iterations, key)
@@ -165,16 +169,17 @@ def hessian_density(
 
     Returns (grid, density), `points` of each; the density integrates to 1.
 
-    Raises ValueError for impossible iterations or probes, and as `hvp`.
+    Raises as `hessian_top_eigenvalues`, and ValueError for impossible probes.
     """
     _check_iterations(iterations, parameters.count(config))
     if probes < 1 or points < 2 or width <= 0:
         raise ValueError(f"{probes} probes, {points} points, width {width}: all must be positive")
+    _check_room(params, tokens, config, runtime, iterations)
     product = _product(_hvp, params, tokens, config, runtime)
     nodes, weights = [], []
     for own in jax.random.split(key, probes):
         start = _random(params, own, jax.random.rademacher)
-        diagonal, off, _ = lanczos(product, start, iterations, own)
+        diagonal, off = lanczos(product, start, iterations, own)[:2]
         values, vectors = jnp.linalg.eigh(_tridiagonal(diagonal, off))
         nodes.append(values)
         weights.append(vectors[0] ** 2 / probes)
@@ -198,7 +203,6 @@ def lanczos(
         vector, basis, alpha, beta = _next_vector(product(vector), vector, basis, key, i)
         diagonal.append(alpha)
         off.append(beta)
-    _check_finite(jnp.stack(diagonal))
     return jnp.stack(diagonal), jnp.stack(off)[:-1], basis
 
 
@@ -266,9 +270,36 @@ def _product(
             part = one(params, jnp.asarray(batch), vector, share, config=config, runtime=runtime)
             total = part if total is None else jax.tree.map(jnp.add, total, part)
         assert total is not None
+        if (finite := known(_finite(total))) is not None and not finite:
+            raise ValueError(f"the product is not finite: {_why(params, vector, batches, rows)}")
         return total
 
+    def rows(batch: Any) -> jax.Array:
+        return _sum_of_squares(params, jnp.asarray(batch), config=config, runtime=runtime)[1]
+
     return product
+
+
+@jax.jit
+def _finite(tree: Params) -> Bool[Array, ""]:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def _why(
+    params: Params, vector: Params, batches: list[Any], rows: Callable[[Any], jax.Array]
+) -> str:
+    """What made a product of these be no finite number. rows: which of a batch have a gradient."""
+    for what, tree in (("parameter", params), ("the vector's", vector)):
+        for parameter, value in parameters.items(tree):
+            if not _finite({"": value}):
+                return f"{what} {parameter.path} is not"
+    for number, batch in enumerate(batches):
+        if not (fine := np.asarray(rows(batch))).all():
+            return f"nor is the gradient of row {np.argmin(fine)} of batch {number}"
+    return (
+        f"every row's gradient is, so it overflowed; the vector's length is {_norm(vector):.3g}, "
+        "give a shorter one"
+    )
 
 
 @partial(jax.jit, static_argnames=("config", "runtime"))
@@ -340,8 +371,7 @@ def _sum_of_squares(
     params: Params, tokens: jax.Array, *, config: ModelConfig, runtime: Runtime
 ) -> tuple[Params, Bool[Array, " batch"]]:
     """Sums over rows, and which rows were finite."""
-    mesh = sharding.current()
-    at_once = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in sharding.ROWS)
+    at_once = sharding.parts_of_rows()
 
     def add(total: Params, rows: jax.Array) -> tuple[Params, jax.Array]:
         gradients = per_example_gradients(params, rows, config, runtime=runtime)
@@ -372,13 +402,28 @@ def _check_rows(finite: jax.Array) -> None:
         raise ValueError(f"the gradient of row {np.argmin(values)} of a batch is not finite")
 
 
-def _check_finite(diagonal: jax.Array) -> None:
-    values = known(diagonal)
-    if values is not None and not np.isfinite(values).all():
-        raise ValueError(
-            f"product {np.argmin(np.isfinite(values))} of Lanczos is not finite; look at the loss, "
-            "the weights and their gradients by row (fisher_diagonal names the row)"
-        )
+def _check_room(
+    params: Params,
+    tokens: Batches,
+    config: ModelConfig,
+    runtime: Runtime,
+    iterations: int,
+    vectors: int = 0,
+) -> None:
+    """Refuse a basis that does not fit, beside a product and what is made from it."""
+    runtime = twice_differentiable(runtime)
+    largest = max(_batches(tokens, config), key=lambda batch: batch.size)
+
+    def product() -> Any:
+        tokens = jnp.asarray(largest)
+        return _hvp.lower(params, tokens, params, 1.0, config=config, runtime=runtime).compile()
+
+    preflight.check_memory(
+        f"Lanczos with {iterations} vectors of the size of the parameters",
+        (iterations + vectors + 4, params),
+        program=product,
+        advice="take fewer iterations, or cut the model over more devices",
+    )
 
 
 def known(x: Any) -> np.ndarray | None:

@@ -18,35 +18,30 @@ from typing import Any
 
 import jax
 import numpy as np
-import yaml
-from flax import traverse_util
 from numpy.typing import NDArray
 
 import pythia_jax
-from pythia_jax import configs, sharding
+from pythia_jax import sharding
 from pythia_jax.bridge import revisions
 from pythia_jax.bridge.model import Model
 from pythia_jax.configs import MeshConfig, RunConfig, Runtime
-from pythia_jax.data import Batches, batches
-from pythia_jax.files import locked, write_whole
-from pythia_jax.interp import preflight
-from pythia_jax.interp.activations import Sites, known_sites
+from pythia_jax.data import batches
+from pythia_jax.files import write_whole
+from pythia_jax.interp import preflight, result_folder, training_rows
+from pythia_jax.interp.activations import known_sites
 from pythia_jax.interp.dump_work import DTYPES, File, Work, compiled, row_shapes
-from pythia_jax.interp.dumped import INDEX, PROVENANCE, RUN, Dump, open_dump, read_provenance
-from pythia_jax.interp.passages import digest_of_rows
+from pythia_jax.interp.dumped import INDEX, KIND, Dump, open_dump
 from pythia_jax.interp.preflight import in_bytes
+from pythia_jax.interp.result_folder import PROVENANCE, RUN
 from pythia_jax.model.sites import Capture
 from pythia_jax.training.agreement import all_say
-from pythia_jax.training.provenance import data_identity
+from pythia_jax.training.pod import is_first
 
 log = logging.getLogger(__name__)
 
 FILE_BYTES = 2**28
 """Of a file, about, where a step has as many rows."""
-TOKENS = 2**14
-"""Tokens that a device computes together, about; on a CPU an eighth of it."""
 _SITE = re.compile(r"([\w.]+)(?::(\d+)(?:-(\d+))?)?")
-_LOCK = ".lock"
 
 
 def dump_activations(
@@ -80,49 +75,42 @@ def dump_activations(
     what does not fit; RuntimeError where another process writes the same dump.
     """
     out, served = Path(out), batches(config)
-    seq = config.data.sequence_length
     asked = known_sites(sites, model.config)
-    places = _checked(model, config, served, start, stop, dtype, positions, rows)
-    settings = _settings(model, config, served, range(start, stop), asked, places, dtype, rows)
-    before = _saved(out, settings)
-    if before is not None and (out / INDEX).exists():
-        log.info("%s: this dump is finished already", out)
-        return open_dump(out)
-    shapes = row_shapes(asked, model.config, seq, len(places))
-    row_bytes = sum(map(math.prod, shapes.values())) * DTYPES[dtype].itemsize + 4 * (seq + 2)
-    chosen = _rows(range(start, stop), served.batch_size, rows)
-    together, in_file = _together(batch, before, row_bytes, seq, served.batch_size)
-    plan = _plan(chosen, in_file)
-    total = sum(len(file.slots) for file in plan)
-    there = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    preflight.check_disk(
-        out, total * row_bytes, f"a dump of {total:,} rows", there=min(there, total * row_bytes)
-    )
-    program = compiled(model, (together, seq), asked, places, dtype, runtime)
-    failure = None
-    try:
-        if jax.process_index() == 0:
-            _enter(out, settings, _computed(model, config, together, in_file), config)
-    except (OSError, ValueError, RuntimeError) as error:
-        failure = error
-    if not all_say(failure is None):
-        raise failure or RuntimeError(f"{out}: another process cannot begin the dump")
-    work = Work(
-        model, served, out, plan, places, together, DTYPES[dtype], program, _digest(settings)
-    )
-    told = f"{total:,} rows, {in_bytes(total * row_bytes)}"
-    try:
-        with _alone(out):
-            work.run(told, show_progress)
-    except BaseException as error:
-        failure = error
-        all_say(False)
-        raise
-    if not all_say(True):
-        raise RuntimeError(f"{out}: another process could not write its share of the dump")
-    if jax.process_index() == 0:
-        _finish(out, plan, shapes, places)
-    all_say(True)
+    training_rows.check(config, served, model.config, start, stop, rows)
+    places = _checked(model, config, dtype, positions)
+    settings = {
+        "weights": revisions.weights_hash(model.params),
+        "step": model.step,
+        "model": dataclasses.asdict(model.config),
+        **training_rows.identity(config, served, start, stop, rows),
+        "sites": [[site, None] if isinstance(site, str) else [*site] for site in asked],
+        "positions": places.tolist(),
+        "dtype": dtype,
+        "computed_in": jax.tree.leaves(model.params)[0].dtype.name,
+    }
+    with result_folder.alone(out):
+        before = result_folder.begun(out, settings, KIND)
+        if before is not None and (out / INDEX).exists():
+            log.info("%s: this dump is finished already", out)
+            return open_dump(out)
+        shapes = row_shapes(asked, model.config, config.data.sequence_length, len(places))
+        row_bytes = _row_bytes(shapes, DTYPES[dtype], config)
+        together, in_file = _together(batch, before, row_bytes, config, served.batch_size, out)
+        plan = _plan(training_rows.sampled(range(start, stop), served.batch_size, rows), in_file)
+        told = _check_disk(out, plan, row_bytes)
+        shape = (together, config.data.sequence_length)
+        program = compiled(model, shape, asked, places, dtype, runtime)
+        all_say(True)  # each has looked, before the first begins
+        if is_first():
+            _begin(out, settings, _computed(model, config, together, in_file), config)
+        all_say(True)
+        digest = _digest(settings)
+        work = Work(model, served, out, plan, places, together, DTYPES[dtype], program, digest)
+        work.run(told, show_progress)
+        all_say(True)
+        if is_first():
+            _finish(out, plan, shapes, places)
+        all_say(True)
     return open_dump(out)
 
 
@@ -179,71 +167,22 @@ def parse_sites(text: str) -> list[str | tuple[str, tuple[int, ...]]]:
 
 
 def _checked(
-    model: Model,
-    config: RunConfig,
-    served: Batches,
-    start: int,
-    stop: int,
-    dtype: str,
-    positions: Sequence[int] | None,
-    rows: int | None,
+    model: Model, config: RunConfig, dtype: str, positions: Sequence[int] | None
 ) -> NDArray[np.int32]:
     """The positions, once all fits together."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: choose from {', '.join(DTYPES)}")
-    if rows is not None and rows < 1:
-        raise ValueError(f"rows {rows}: at least 1 is wanted")
-    if not 0 <= start < stop <= len(served):
-        raise ValueError(
-            f"steps {start}:{stop} (half-open) are not steps of {served.name}, which has "
-            f"{len(served):,}, from 0 on"
-        )
-    seq, longest = config.data.sequence_length, model.config.max_position_embeddings
-    if seq > longest:
-        raise ValueError(
-            f"data.sequence_length {seq}: the model has {longest} positions; give the config of "
-            "the run that it is of"
-        )
     if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(model.params)):
         raise ValueError(
             "the model is cut over several processes, and each writes what its own devices hold: "
             "load it on a mesh of jax.local_devices()"
         )
+    seq = config.data.sequence_length
     places = np.arange(seq) if positions is None else np.asarray(positions)
     wrong = places.ndim != 1 or not places.size or places.dtype.kind not in "iu"
     if wrong or places.min() < 0 or places.max() >= seq or len(set(places.tolist())) < places.size:
         raise ValueError(f"positions: places of a row, from 0 to {seq - 1}, each once, are wanted")
     return places.astype("<i4")
-
-
-def _settings(
-    model: Model,
-    config: RunConfig,
-    served: Batches,
-    steps: range,
-    sites: Sites,
-    places: NDArray[np.int32],
-    dtype: str,
-    rows: int | None,
-) -> dict[str, Any]:
-    """All that decides a dump's numbers."""
-    data = dataclasses.replace(config.data, test=(), test_weights=())
-    if data.split is None:
-        data = dataclasses.replace(data, validation=(), validation_weights=())
-    identity = data_identity(dataclasses.replace(config, data=data))
-    return {
-        "weights": revisions.weights_hash(model.params),
-        "step": model.step,
-        "model": dataclasses.asdict(model.config),
-        "data": {"train": identity["train"], "transform": identity.get("transform")},
-        "rows": digest_of_rows(served, steps.start, steps.stop),
-        "steps": [steps.start, steps.stop],
-        "sample": rows,
-        "sites": [[site, None] if isinstance(site, str) else [*site] for site in sites],
-        "positions": places.tolist(),
-        "dtype": dtype,
-        "computed_in": jax.tree.leaves(model.params)[0].dtype.name,
-    }
 
 
 def _computed(model: Model, config: RunConfig, together: int, in_file: int) -> dict[str, Any]:
@@ -260,45 +199,16 @@ def _computed(model: Model, config: RunConfig, together: int, in_file: int) -> d
     }
 
 
-def _saved(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What was `computed` of the dump that is there; None if there is none.
-
-    Raises FileExistsError for another dump, naming the settings that differ, or what is none.
-    """
-    if not (out / PROVENANCE).exists():
-        if out.exists() and (not out.is_dir() or any(p.name != _LOCK for p in out.iterdir())):
-            raise FileExistsError(f"{out}: there already, and no dump; name another folder")
-        return None
-    told = read_provenance(out)
-    was, now = (
-        traverse_util.flatten_dict(json.loads(json.dumps(s)), sep=".", keep_empty_nodes=True)
-        for s in (told["settings"], settings)
-    )
-    differing = [
-        f"{key} was {was.get(key)!r}, is {now.get(key)!r}"
-        for key in dict.fromkeys([*was, *now])
-        if was.get(key) != now.get(key)
-    ]
-    if differing:
-        raise FileExistsError(
-            f"{out} holds another dump: {'; '.join(differing)}. Ask for the same to go on with it, "
-            "or name another folder"
-        )
-    return told["computed"]
-
-
-def _enter(
+def _begin(
     out: Path, settings: dict[str, Any], computed: dict[str, Any], config: RunConfig
 ) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
-        for path in out.glob(".step-*.partial"):  # of writes that were cut off
-            path.unlink()
-        if (out / PROVENANCE).exists():
-            return
-        write_whole(out / RUN, yaml.safe_dump(configs.to_dict(config), sort_keys=False).encode())
-        about = {"settings": settings, "computed": computed}
-        write_whole(out / PROVENANCE, json.dumps(about, indent=1).encode() + b"\n")
+    out.mkdir(exist_ok=True)
+    for path in out.glob(".step-*.partial"):  # of writes that were cut off
+        path.unlink()
+    if not (out / PROVENANCE).exists():
+        result_folder.write_provenance(out, settings, computed)
+    if not (out / RUN).exists():
+        write_whole(out / RUN, training_rows.run_file(config))
 
 
 def _finish(
@@ -308,7 +218,6 @@ def _finish(
     places: NDArray[np.int32],
 ) -> None:
     """Write the index, by which a dump is known to be whole."""
-    (out / _LOCK).unlink(missing_ok=True)
     told = {
         "rows": sum(len(file.slots) for file in plan),
         "positions": places.tolist(),
@@ -320,63 +229,40 @@ def _finish(
     write_whole(out / INDEX, json.dumps(told).encode() + b"\n")
 
 
-class _alone:
-    """Keeps other runs from writing the same dump; process 0 holds the lock for all of its own."""
+def _row_bytes(shapes: dict[str, tuple[int, ...]], dtype: np.dtype, config: RunConfig) -> int:
+    tokens_and_slot = 4 * (config.data.sequence_length + 2)
+    return sum(map(math.prod, shapes.values())) * dtype.itemsize + tokens_and_slot
 
-    def __init__(self, out: Path) -> None:
-        self._out, self._lock = out, locked(out / _LOCK, seconds=0)
 
-    def __enter__(self) -> None:
-        if jax.process_index() > 0:
-            return
-        try:
-            self._lock.__enter__()
-        except BlockingIOError:
-            raise RuntimeError(f"{self._out}: another process is writing this dump") from None
-
-    def __exit__(self, *error: Any) -> None:
-        if jax.process_index() == 0:
-            self._lock.__exit__(*error)
+def _check_disk(out: Path, plan: list[File], row_bytes: int) -> str:
+    """How much will be written, in words."""
+    rows = sum(len(file.slots) for file in plan)
+    wanted = rows * row_bytes
+    there = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    preflight.check_disk(out, wanted, f"a dump of {rows:,} rows", there=min(there, wanted))
+    return f"{rows:,} rows, {in_bytes(wanted)}"
 
 
 def _together(
-    batch: int | None, before: dict[str, Any] | None, row_bytes: int, seq: int, batch_size: int
+    batch: int | None,
+    before: dict[str, Any] | None,
+    row_bytes: int,
+    config: RunConfig,
+    batch_size: int,
+    out: Path,
 ) -> tuple[int, int]:
     """Rows computed together, and rows of a file; of a dump begun earlier, those that it has."""
-    parts, mesh = 1, sharding.current()
-    if mesh is not None:
-        parts = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
     if before is not None:
-        together, in_file = before["rows_together"], before["rows_in_file"]
-        if batch not in (None, together):
-            raise FileExistsError(
-                f"the dump was begun with {together} rows together (batch), and {batch} would "
-                f"round otherwise: give --batch {together} to go on, or name another folder"
-            )
-    else:
-        tokens = TOKENS // 8 if jax.default_backend() == "cpu" else TOKENS
-        together = batch or min(max(1, tokens // seq), -(-batch_size // parts)) * parts
-        in_file = max(1, min(FILE_BYTES // row_bytes, batch_size) // together) * together
-    if together < 1 or together % parts:
-        raise ValueError(
-            f"batch {together}: rows are cut over {parts} devices; give a multiple of that"
-        )
-    return together, in_file
+        batch = result_folder.check_together(batch, before, out)
+    together = training_rows.together(batch, batch_size, config.data.sequence_length)
+    if before is not None:
+        return together, before["rows_in_file"]
+    return together, max(1, min(FILE_BYTES // row_bytes, batch_size) // together) * together
 
 
-def _rows(steps: range, batch_size: int, sample: int | None) -> Iterator[tuple[int, list[int]]]:
-    """Each step with those of its rows that are wanted."""
-    everything = len(steps) * batch_size
-    count = everything if sample is None else min(sample, everything)
-    numbers = np.arange(count) * everything // count
-    for place, step in enumerate(steps):
-        ends = np.searchsorted(numbers, [place * batch_size, (place + 1) * batch_size])
-        yield step, (numbers[slice(*ends)] - place * batch_size).tolist()
-
-
-def _plan(chosen: Iterator[tuple[int, list[int]]], in_file: int) -> list[File]:
+def _plan(chosen: Iterator[tuple[int, NDArray[Any]]], in_file: int) -> list[File]:
     return [
-        File(step, tuple(slots[first : first + in_file]))
+        File(step, tuple(slots[first : first + in_file].tolist()))
         for step, slots in chosen
         for first in range(0, len(slots), in_file)
     ]

@@ -131,8 +131,8 @@ class Work:
                     file, slots, future = reading.popleft()
                     tokens = future.result()
                     read_next()
-                    filled = _on_mesh(np.resize(tokens, (self._together, tokens.shape[1])))
-                    made = self._program(self._model.params, filled)
+                    filled = np.resize(tokens, (self._together, tokens.shape[1]))
+                    made = self._program(self._model.params, sharding.place_rows(filled))
                     computing.append((file, slots, tokens, made))
                 if len(computing) > 1 or not reading:
                     file, slots, tokens, made = computing.popleft()
@@ -262,10 +262,3 @@ def _stored(
         values[name] = narrow
         faults[name] = jnp.where(wrong[0], 1, jnp.where(wrong[1], 2, 0))
     return values, faults
-
-
-def _on_mesh(array: NDArray) -> jax.Array:
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        return jnp.asarray(array)
-    return jax.device_put(array, sharding.sharding(mesh, ("batch", "seq")))

@@ -25,8 +25,10 @@ from jaxtyping import Int
 from numpy.typing import ArrayLike, NDArray
 
 from pythia_jax.interp import tensor_files
+from pythia_jax.interp.result_folder import PROVENANCE, read_provenance
 
-INDEX, PROVENANCE, RUN = "index.json", "provenance.json", "run.yaml"
+INDEX = "index.json"
+KIND = "dump of activations"
 KEY = np.dtype([("step", "<i4"), ("slot", "<i4")])
 
 
@@ -144,7 +146,7 @@ def open_dump(folder: str | os.PathLike[str]) -> Dump:
                 f"{folder}: this dump is not finished; give the command that makes it again, and "
                 "it goes on"
             )
-        raise FileNotFoundError(f"{folder}: holds no dump of activations (no {INDEX})")
+        raise FileNotFoundError(f"{folder}: holds no {KIND} (no {INDEX})")
     try:
         told = json.loads((folder / INDEX).read_bytes())
         counts = [len(file["slots"]) for file in told["files"]]
@@ -157,21 +159,7 @@ def open_dump(folder: str | os.PathLike[str]) -> Dump:
             first += count
         shapes = {name: tuple(shape) for name, shape in told["row_shapes"].items()}
         positions = np.array(told["positions"], np.int32)
-        provenance = read_provenance(folder)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / INDEX} is damaged: {error}") from None
+    provenance = read_provenance(folder, KIND)
     return Dump(folder, keys, positions, shapes, provenance, files)
-
-
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """What a dump, finished or not, is of. Raises ValueError if that is damaged."""
-    path = folder / PROVENANCE
-    try:
-        told = json.loads(path.read_bytes())
-        if not all(isinstance(told[key], dict) for key in ("settings", "computed")):
-            raise ValueError("it has not both of settings and computed")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}), so nothing tells what the dump is of"
-        ) from None
-    return told

@@ -20,8 +20,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pythia_jax.bridge.revisions import on_all_devices
 from pythia_jax.configs import ModelConfig, Runtime
+from pythia_jax.interp import preflight
+from pythia_jax.interp.gradient_plan import matching
 from pythia_jax.interp.kept import Kept
-from pythia_jax.interp.measures import Measure, digest_of, matching
+from pythia_jax.interp.measures import Measure, digest_of
 from pythia_jax.interp.sketch import sketch
 from pythia_jax.interp.streaming import Arrived, Checkpoints, Stream
 from pythia_jax.model.gptneox import AnyArray
@@ -79,8 +81,9 @@ def over_checkpoints(
     `missing`.
 
     Raises ValueError and FileNotFoundError, before anything is computed, for checkpoints that are
-    not there and a folder that holds something else; ValueError where every checkpoint is missing;
-    RuntimeError where another call is writing into the folder.
+    not there and a folder that holds something else; MemoryError, with the numbers, for what does
+    not fit; ValueError where every checkpoint is missing; RuntimeError where another call is
+    writing into the folder.
     """
     name = getattr(fn, "name", None) if name is None else name
     if out is not None and not name:
@@ -178,6 +181,11 @@ class _Work:
             whole = jax.sharding.NamedSharding(self.mesh, jax.P())  # any process can read it
             jitted = jax.jit(_called, static_argnums=2, out_shardings=whole)
             self._compiled = jitted.lower(_argument(self.fn), params, config).compile()
+            preflight.check_memory(
+                "a function of one checkpoint, beside the weights of the next one,",
+                (1, params),
+                program=lambda: self._compiled,
+            )
         found = _dtypes(params)
         changed = [name for name, dtype in found.items() if self._types[name] != dtype]
         if changed:

@@ -1,6 +1,5 @@
 """Rows that a model's loss is measured on: a file of ids, documents of a dataset, or a text."""
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,6 @@ from tokenizers import Tokenizer
 from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.data import load_tokenizer, open_dataset
-from pythia_jax.data.indexed import index_location
-from pythia_jax.data.storage import is_url
 from pythia_jax.model.gptneox import check_tokens
 from pythia_jax.model.loss import token_losses
 from pythia_jax.model.parameters import Params
@@ -49,9 +46,7 @@ class EvaluationRows:
 
         On the ambient mesh, in the dtype of the parameters unless `runtime` says otherwise.
         """
-        mesh, parts = sharding.current(), 1
-        if mesh is not None:
-            parts = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
+        parts = sharding.parts_of_rows()
         width = self.tokens.shape[1]
         together = max(1, min(_TOKENS // width, len(self)) // parts) * parts
         found = []
@@ -60,32 +55,44 @@ class EvaluationRows:
             lengths = self.lengths[first : first + together]
             missing = together - len(tokens)
             given = np.pad(tokens, [(0, missing), (0, 0)]), np.pad(lengths, (0, missing))
-            values = _losses(params, *map(_on_devices, given), config=config, runtime=runtime)
+            placed = map(sharding.place_rows, given)
+            values = _losses(params, *placed, config=config, runtime=runtime)
             found.append(np.asarray(values)[: len(tokens)])
         return np.concatenate(found)
 
 
-def evaluation_rows(
-    source: str, config: ModelConfig, tokenizer: str | Path | Tokenizer | None = None
-) -> EvaluationRows:
-    """The rows that `source` names.
+def evaluation_rows(source: str | Path, config: ModelConfig) -> EvaluationRows:
+    """The rows of a file or a dataset.
 
-    `F.npy`: whole numbers, `[rows, width]` or `[width]`. The prefix of a .bin/.idx pair: its
-    documents, each up to the model's positions. Anything else is a text, for `tokenizer`.
+    source: `F.npy`, whole numbers, `[rows, width]` or `[width]`; or the prefix of a .bin/.idx pair,
+    of which each document is a row, up to the model's positions.
 
-    Raises FileNotFoundError for a file that is not there, and ValueError for what cannot be
-    evaluated: ids outside the vocabulary, rows that are too long or too short, too many of them.
+    Raises FileNotFoundError for what is not there, and ValueError for what cannot be evaluated: ids
+    outside the vocabulary, rows that are too long or too short, too many of them.
     """
-    longest = config.max_position_embeddings + 1
+    source = str(source)
     if source.endswith(".npy"):
-        rows = _of_file(Path(source))
-    elif is_url(source) or Path(index_location(source)).exists():
-        dataset = open_dataset(source)
-        _check_count(len(dataset), source)
-        rows = [np.asarray(dataset[i])[:longest] for i in range(len(dataset))]
-        rows = [row for row in rows if len(row) > 1]
-    else:
-        rows = [_of_text(source, tokenizer)]
+        return _rows(_of_file(Path(source)), config, source)
+    dataset = open_dataset(source)
+    _check_count(len(dataset), source)
+    longest = config.max_position_embeddings + 1
+    rows = [np.asarray(dataset[i])[:longest] for i in range(len(dataset))]
+    return _rows([row for row in rows if len(row) > 1], config, source)
+
+
+def text_row(text: str, config: ModelConfig, tokenizer: str | Path | Tokenizer) -> EvaluationRows:
+    """One row: the tokens of a text.
+
+    Raises ValueError for one that is too long or too short.
+    """
+    loaded = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(str(tokenizer))
+    ids = np.array(loaded.encode(text, add_special_tokens=False).ids, np.int32)
+    return _rows([ids], config, f"the text {text!r}")
+
+
+def _rows(rows: list[NDArray], config: ModelConfig, source: str) -> EvaluationRows:
+    """Checked, and filled up."""
+    longest = config.max_position_embeddings + 1
     if not rows:
         raise ValueError(f"{source}: holds no row of two tokens or more to evaluate")
     lengths = np.array([len(row) for row in rows], np.int32)
@@ -112,14 +119,6 @@ def _losses(
     return sharding.constrain(means, ("layers",))  # whole on every device
 
 
-def _on_devices(array: NDArray) -> jax.Array:
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        return jnp.asarray(array)
-    place = sharding.sharding(mesh, ("batch", "seq")[: array.ndim])
-    return jax.make_array_from_callback(array.shape, place, array.__getitem__)
-
-
 def _of_file(path: Path) -> list[NDArray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
@@ -134,16 +133,6 @@ def _of_file(path: Path) -> list[NDArray]:
     rows = ids.reshape(-1, ids.shape[-1])
     _check_count(len(rows), str(path))
     return list(rows)
-
-
-def _of_text(text: str, tokenizer: str | Path | Tokenizer | None) -> NDArray:
-    if tokenizer is None:
-        raise ValueError(
-            f"{text!r} is neither an .npy file nor a dataset that is there, and to read it as a "
-            "text a tokenizer is wanted: set tokenizer in the config"
-        )
-    loaded = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(str(tokenizer))
-    return np.array(loaded.encode(text, add_special_tokens=False).ids, np.int32)
 
 
 def _check_count(count: int, source: str) -> None:

@@ -2,11 +2,11 @@
 
 import dataclasses
 import logging
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,28 +17,20 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pythia_jax import sharding
-from pythia_jax.bridge import load, open_any
 from pythia_jax.bridge.computed_on import computed_on
-from pythia_jax.bridge.hf_config import is_hf_folder
+from pythia_jax.bridge.revisions import load_at, open_at
 from pythia_jax.bridge.start import prepare
 from pythia_jax.configs import InitializeConfig, MeshConfig, ModelConfig, RunConfig, Runtime
 from pythia_jax.data import Batches, batches
-from pythia_jax.data.storage import is_url
-from pythia_jax.interp import preflight
+from pythia_jax.interp import preflight, training_rows
 from pythia_jax.interp.collecting import LINEAR
 from pythia_jax.interp.factors import Factors, Method, fit_factors, save
-from pythia_jax.interp.passages import digest_of_rows
 from pythia_jax.interp.preconditioning import adam_factors
 from pythia_jax.interp.projection import Projection
 from pythia_jax.model.parameters import TABLE
 from pythia_jax.training.feed import read_ahead
-from pythia_jax.training.provenance import data_identity
 
 log = logging.getLogger(__name__)
-
-TOKENS = {"cpu": 2**11}
-"""Tokens that a device computes with at once, if nobody says how many rows."""
-TOKENS_ELSEWHERE = 2**14
 
 
 def fit_factors_of(
@@ -72,19 +64,17 @@ def fit_factors_of(
     MemoryError, with the numbers, for factors that do not fit on disk or in memory.
     """
     out, served = Path(out), batches(config)
-    _check(out, served, start, stop, rows)
+    _check_new(out)
     mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=fsdp, tensor=tensor))
-    at = None if not is_url(source) and is_hf_folder(Path(source)) else step
-    model_config = open_any(source, revision=revision, step=at).config
+    model_config = open_at(source, revision=revision, step=step).config
+    training_rows.check(config, served, model_config, start, stop, rows)
     if fsdp > 1 or tensor > 1:
-        parts = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
-        sharding.check_fit(mesh, model_config, parts)
+        sharding.check_fit(mesh, model_config, sharding.parts_of_rows(mesh))
     _check_room(out, model_config, method, projection)
-    numbers = _sampled(served, start, stop, rows)
-    seq = config.data.sequence_length
-    walked = _Walked(served, numbers, seq, batch, mesh, show_progress)
+    chosen = training_rows.sampled(range(start, stop), served.batch_size, rows)
     with jax.set_mesh(mesh):
-        model = load(source, revision=revision, step=at, dtype=dtype)
+        walked = _Walked(served, chosen, config.data.sequence_length, batch, mesh, show_progress)
+        model = load_at(source, revision=revision, step=step, dtype=dtype)
         log.info("%s: fitting %s to %d rows", model.source, method, walked.rows)
         with logging_redirect_tqdm():
             factors = fit_factors(
@@ -99,12 +89,9 @@ def fit_factors_of(
             )
         provenance = {
             **computed_on(model.params, source=model.source),
-            "step": step if model.step is None else model.step,
+            "step": model.step,
             "run": config.name,
-            "data": _data_identity(config),
-            "steps": [start, stop],
-            "rows": digest_of_rows(served, start, stop),
-            "sample": rows,
+            **training_rows.identity(config, served, start, stop, rows),
             "rows_together": walked.batch,
             "seed": None if empirical else seed,
         }
@@ -181,63 +168,49 @@ class _Walked:
     def __init__(
         self,
         served: Batches,
-        numbers: np.ndarray,
+        chosen: Iterable[tuple[int, np.ndarray]],
         seq: int,
         batch: int | None,
         mesh: Mesh,
         show_progress: bool,
     ) -> None:
-        self._served, self._numbers = served, numbers
+        self._served = served
+        self._keys = [(step, slot) for step, slots in chosen for slot in slots.tolist()]
         self._show, self._times = show_progress, 0
+        # Rows are placed by a thread, which has no mesh around it.
         self._place = sharding.sharding(mesh, ("batch", "seq"))
-        parts = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
-        each = max(1, TOKENS.get(jax.default_backend(), TOKENS_ELSEWHERE) // seq)
-        self.batch = batch or min(each, -(-len(numbers) // parts)) * parts
-        for size in (min(self.batch, len(numbers)), len(numbers) % self.batch):
+        self.batch = training_rows.together(batch, self.rows, seq)
+        parts = sharding.parts_of_rows()
+        for size in (min(self.batch, self.rows), self.rows % self.batch):
             if size % parts:
                 raise ValueError(
-                    f"{len(numbers)} rows, {self.batch} together: {parts} devices cannot share "
+                    f"{self.rows} rows, {self.batch} together: {parts} devices cannot share "
                     f"{size} of them; give --rows and --batch that are multiples of {parts}"
                 )
 
     @property
     def rows(self) -> int:
-        return len(self._numbers)
+        return len(self._keys)
 
     def __len__(self) -> int:
-        return -(-len(self._numbers) // self.batch)
+        return -(-self.rows // self.batch)
 
     def __getitem__(self, chunk: int) -> Int[Array, "batch seq+1"]:
-        numbers = self._numbers[chunk * self.batch : (chunk + 1) * self.batch]
-        steps, slots = np.divmod(numbers, self._served.batch_size)
-        read = [self._served.read(int(step), slots[steps == step]) for step in np.unique(steps)]
+        keys = self._keys[chunk * self.batch : (chunk + 1) * self.batch]
+        read = [
+            self._served.read(step, [slot for _, slot in of_step])
+            for step, of_step in groupby(keys, key=itemgetter(0))
+        ]
         return jax.device_put(np.concatenate(read), self._place)
 
     def __iter__(self) -> Iterator[Int[Array, "batch seq+1"]]:
         self._times += 1
         told = f"factors, pass {self._times}"
         with tqdm(total=self.rows, desc=told, unit=" rows", disable=not self._show) as bar:
-            for tokens in read_ahead(self, 0, len(self)):  # type: ignore[arg-type]
+            batches = read_ahead(self, 0, len(self))  # type: ignore[arg-type]
+            for tokens in preflight.timed(batches, len(self), f"the rest of {told}"):
                 yield tokens
                 bar.update(len(tokens))
-
-
-def _check(out: Path, served: Batches, start: int, stop: int, rows: int | None) -> None:
-    _check_new(out)
-    if not 0 <= start < stop <= len(served):
-        raise ValueError(
-            f"steps {start}:{stop} (half-open) are not steps of {served.name}, which has "
-            f"{len(served):,}, from 0 on"
-        )
-    if rows is not None and rows < 1:
-        raise ValueError(f"rows {rows}: must be at least 1")
-
-
-def _sampled(served: Batches, start: int, stop: int, rows: int | None) -> np.ndarray:
-    """Numbers of the rows in the order of training, from row 0 of step 0 on."""
-    first, last = start * served.batch_size, stop * served.batch_size
-    count = min(rows or last - first, last - first)
-    return np.unique(np.linspace(first, last - 1, count, dtype=np.int64))
 
 
 def _check_new(out: Path) -> None:
@@ -259,14 +232,3 @@ def _check_room(
             f"{preflight.in_bytes(free)} of memory are free"
         )
     log.info("%s factors of this model: %s", method, told)
-
-
-def _data_identity(config: RunConfig) -> dict[str, Any]:
-    """Of the training data alone: other splits are not read, and need not be there."""
-    data = config.data
-    if data.split is None:
-        data = dataclasses.replace(
-            data, validation=(), validation_weights=(), test=(), test_weights=()
-        )
-    found = data_identity(dataclasses.replace(config, data=data))
-    return {"train": found["train"], "transform": found.get("transform")}

@@ -73,7 +73,8 @@ def summed(
         check_tokens(batch, config)
         own = None if key is None else jax.random.fold_in(key, number)
         part = collected(params, jnp.asarray(batch), aux, own)
-        total = part if total is None else _added(total, part)
+        # One at a time: each part is as large as the sums.
+        total = jax.block_until_ready(part if total is None else _added(total, part))
         rows, tokens = rows + batch.shape[0], tokens + batch.shape[0] * (batch.shape[1] - 1)
     if total is None:
         raise ValueError("there is no batch to fit factors to")
@@ -145,11 +146,7 @@ def squares_in_basis(inputs: jax.Array, cotangents: jax.Array, aux: Any) -> dict
 
 def projected_moments(inputs: jax.Array, cotangents: jax.Array, sides: Any) -> dict[str, jax.Array]:
     """Σ φ φᵀ over rows, φ being P_L G P_Rᵀ, its rows one after another."""
-    left, right = (
-        jnp.matmul(x, sides[side].astype(x.dtype), precision=exact(x))
-        for x, side in ((cotangents, "left"), (inputs, "right"))
-    )
-    rows = Units().products(left, right)
+    rows = Units().projections(inputs, cotangents, sides)
     rows = rows.reshape(rows.shape[0], -1)
     return {"projected": jnp.matmul(rows.T, rows, precision=exact(rows))}
 

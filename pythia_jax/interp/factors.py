@@ -34,6 +34,7 @@ from tqdm import tqdm
 import pythia_jax
 from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig, Runtime
+from pythia_jax.interp import preflight
 from pythia_jax.interp.collecting import LINEAR
 from pythia_jax.interp.factor_sums import (
     Rows,
@@ -304,10 +305,13 @@ def save(
 def load(folder: str | Path) -> Factors:
     """Factors that `save` wrote, on the host.
 
-    Raises FileNotFoundError where there are none, ValueError for files that are not whole.
+    Raises FileNotFoundError where there are none, ValueError for files that are not whole, and
+    MemoryError with the numbers for more than there is room for.
     """
     folder = Path(folder)
     told = about(folder)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    preflight.check_host(size, f"{folder}: these factors")
     modules: dict[str, dict[str, Any]] = {}
     for module, shapes in told["modules"].items():
         layers = []

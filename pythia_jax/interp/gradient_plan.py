@@ -60,7 +60,7 @@ def plan_of(
         count = _count(documents, count, tokens)
     elif count is not None:
         raise ValueError("document_count is given, and no documents are")
-    paths = _matching(parameters, projected=projection is not None)
+    paths = matching(parameters, projected=projection is not None)
     want = "gradients" if projection is None else "projections"
     return Plan(paths, want, unit, by, count)
 
@@ -95,7 +95,13 @@ def _count(documents: AnyArray, count: int | None, tokens: AnyArray) -> int:
     return count or largest
 
 
-def _matching(parameters: str | Sequence[str], *, projected: bool) -> tuple[str, ...]:
+def matching(parameters: str | Sequence[str], *, projected: bool = False) -> tuple[str, ...]:
+    """Paths of the parameter table that a pattern, or one of several, matches; in its order.
+
+    projected: those whose gradients are projected; of all, the linear modules of the layers.
+
+    Raises ValueError for a pattern without a match, and for none.
+    """
     patterns = [parameters] if isinstance(parameters, str) else list(parameters)
     matched: set[str] = set()
     for pattern in patterns:

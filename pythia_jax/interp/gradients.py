@@ -24,7 +24,7 @@ from jaxtyping import Int
 
 from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig, Runtime
-from pythia_jax.interp.collecting import LINEAR, Backward, backward, check_rows, collect
+from pythia_jax.interp.collecting import LINEAR, Backward, backward, collect
 from pythia_jax.interp.gradient_plan import (
     EMBEDDINGS,
     PATHS,
@@ -38,7 +38,7 @@ from pythia_jax.interp.gradient_plan import (
     sides_of,
 )
 from pythia_jax.interp.projection import Projection
-from pythia_jax.model.gptneox import AnyArray
+from pythia_jax.model.gptneox import AnyArray, check_rows
 from pythia_jax.model.loss import unembedding_rows
 from pythia_jax.model.parameters import Params
 from pythia_jax.model.sinks import Units, projected
@@ -137,10 +137,16 @@ def gradient_norms(
     return found
 
 
-def check_finite(gradients: Any) -> None:
+def check_finite(
+    gradients: Any,
+    what: str = "the gradient",
+    advice: str = "leave the row out, or look at its loss and at the weights",
+) -> None:
     """Refuse gradients, first axis batch, that are no finite numbers. Does nothing under tracing.
 
-    Raises ValueError with their rows and parameters.
+    what: what the error calls them. advice: how it ends.
+
+    Raises ValueError with their rows, and their parameters if they are a tree.
     """
     flat = {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in _leaves(gradients)}
     try:
@@ -150,10 +156,8 @@ def check_finite(gradients: Any) -> None:
     wrong = {path: np.flatnonzero(~rows) for path, rows in finite.items() if not rows.all()}
     if wrong:
         rows = sorted({int(row) for of_path in wrong.values() for row in of_path})
-        raise ValueError(
-            f"row {', '.join(map(str, rows))}: the gradient is not finite, in {', '.join(wrong)}; "
-            "leave the row out, or look at its loss and at the weights"
-        )
+        where = "" if "" in wrong else f", in {', '.join(wrong)}"
+        raise ValueError(f"row {', '.join(map(str, rows))}: {what} is not finite{where}; {advice}")
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:
@@ -192,20 +196,12 @@ class _OfModule:
 
     def _kernel(self, inputs: Any, cotangents: Any, slots: Any, sides: Any) -> jax.Array:
         if self.want == "projections":
-            return _projected(inputs, cotangents, slots, sides, self.units)
+            return self.units.projections(inputs, cotangents, sides, slots)
         if self.want == "squares" and self.units.each:  # of an outer product
             wide = [a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (inputs, cotangents)]
             return (wide[0] ** 2).sum(-1) * (wide[1] ** 2).sum(-1)
         kernel = self.units.products(inputs, cotangents, slots)
         return (kernel**2).sum(axis=(-2, -1)) if self.want == "squares" else kernel
-
-
-def _projected(
-    inputs: jax.Array, cotangents: jax.Array, slots: Any, sides: Any, units: Units
-) -> jax.Array:
-    """P_L G P_Rᵀ, `[batch, (units,) p (out), p (in)]`."""
-    left, right = projected(cotangents, sides["left"]), projected(inputs, sides["right"])
-    return units.products(left, right, slots)
 
 
 @partial(jax.jit, static_argnames=("config", "plan", "runtime"))

@@ -14,9 +14,8 @@ gradient of the summed losses, in nats, *of* the row's tokens (token t is the ta
 t - 1); a document's reaches back into what stands before it in its sequence.
 """
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,12 +29,15 @@ from pythia_jax.configs import ModelConfig
 from pythia_jax.data import Batches
 from pythia_jax.data.preshuffled import DocumentsUnknown
 from pythia_jax.data.samples import Pieces
+from pythia_jax.interp import training_rows
 from pythia_jax.interp.collecting import LINEAR
 from pythia_jax.interp.projection import Projection, module_name
+from pythia_jax.interp.result_folder import PROVENANCE, read_provenance
 from pythia_jax.model.parameters import TABLE
 
 GRADIENTS, ROWS, CHECKS = "gradients.bin", "rows.npy", "crc32.npy"
-PROVENANCE, RUN, INFO = "provenance.json", "run.yaml", "info.json"
+INFO = "info.json"
+KIND = "gradient index"
 UNFINISHED = ".building"
 """What is added to the name of an index while it is being built."""
 PRECISIONS = {
@@ -105,16 +107,23 @@ class Index:
         told = self.settings["projection"]
         return None if told is None else Projection(**told)
 
+    @property
+    def data(self) -> str:
+        """Of which rows of training it is, as a table of hits tells it."""
+        return training_rows.label(self.settings["rows"], *self.settings["steps"])
+
     def name_of(self, row: int) -> str:
         """Which row this is, in words."""
         return described(self.rows[row])
 
 
-def described(row: Any) -> str:
-    """A row of `ROW` in words."""
-    words = f"step {row['step']}, slot {row['slot']}"
-    if row["documents"] == 1:
-        words += f", document {row['document']}"
+def described(row: Any, documents: Sequence[int] = ()) -> str:
+    """A row of `ROW` in words; documents: the numbers of all of a row's, where they are known."""
+    words, count = f"step {row['step']}, slot {row['slot']}", int(row["documents"])
+    if len(documents) > 1:
+        words += f", documents {', '.join(map(str, documents))}"
+    elif count:
+        words += f", document {row['document']}" + (f" and {count - 1} more" if count > 1 else "")
     return f"{words}, tokens {row['start']}:{row['stop']}"
 
 
@@ -133,7 +142,7 @@ def open_index(folder: str | os.PathLike[str]) -> Index:
                 "give the command that builds it again, and it goes on"
             )
         raise FileNotFoundError(f"{folder}: holds no gradient index (no {PROVENANCE})")
-    provenance = read_provenance(folder)
+    provenance = read_provenance(folder, KIND)
     settings = provenance["settings"]
     try:
         rows = np.load(folder / ROWS, mmap_mode="r")
@@ -161,21 +170,6 @@ def open_index(folder: str | os.PathLike[str]) -> Index:
 def unfinished(folder: Path) -> Path:
     """Where an index is while it is being built."""
     return folder.with_name(folder.name + UNFINISHED)
-
-
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """What an index, finished or not, is of. Raises ValueError if that is damaged."""
-    path = folder / PROVENANCE
-    try:
-        told = json.loads(path.read_bytes())
-        if not all(isinstance(told[key], dict) for key in ("settings", "computed")):
-            raise ValueError("it has not both of settings and computed")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged, so nothing tells what the index is of ({error}); restore it from "
-            "a copy, or move the folder away"
-        ) from None
-    return told
 
 
 def layout(
@@ -221,13 +215,8 @@ def table(
             f"data.transform, {transform.name}, changes rows from step {transform.begins_at} on, "
             "and where their documents are then is not known: use unit sequence (--unit sequence)"
         )
-    everything = len(steps) * served.batch_size
-    count = everything if sample is None else min(sample, everything)
-    numbers = np.arange(count) * everything // count
-    firsts = np.searchsorted(numbers, np.arange(len(steps)) * served.batch_size)
     made = []
-    for step, chosen in zip(steps, np.split(numbers, firsts[1:]), strict=True):
-        slots = chosen % served.batch_size
+    for step, slots in training_rows.sampled(steps, served.batch_size, sample):
         try:
             pieces = None if changed else served.pieces(step, slots)
         except DocumentsUnknown:

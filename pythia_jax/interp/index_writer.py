@@ -5,22 +5,22 @@ a record there of the chunks whose rows it has written, which it adds to when th
 """
 
 import json
-import logging
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from pythia_jax.files import locked, write_whole
+from pythia_jax.files import write_whole
 from pythia_jax.interp import index
-from pythia_jax.interp.index import CHECKS, GRADIENTS, PROVENANCE, ROWS, read_provenance
-
-log = logging.getLogger(__name__)
+from pythia_jax.interp.index import CHECKS, GRADIENTS, KIND, ROWS
+from pythia_jax.interp.result_folder import PROVENANCE, begun, write_provenance
+from pythia_jax.training.agreement import all_say, from_first
+from pythia_jax.training.pod import is_first
 
 _RECORD = "progress-{}.json"
 
@@ -71,100 +71,65 @@ class IndexWriter:
         self._checks.close()
 
 
-@contextmanager
-def alone(out: Path, process: int) -> Iterator[None]:
-    """Keep other runs from building the same index.
-
-    Raises RuntimeError if one does, FileNotFoundError if there is no folder to put it in.
-    """
-    if process:
-        yield
-        return
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent} to put it in")
-    lock = out.with_name(f".{out.name}.lock")
-    try:
-        with locked(lock, seconds=0):
-            try:
-                yield
-            finally:
-                if not index.unfinished(out).exists():
-                    lock.unlink()
-    except BlockingIOError:
-        raise RuntimeError(f"{out}: another process is building this index") from None
-
-
 def saved(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """What was `computed` of the index that is there, finished or not; None if there is none.
 
-    settings: those asked for, which must be its own.
-
-    Raises FileExistsError for another index, naming the settings that differ, or what is none.
+    settings: those asked for, which must be its own. Raises as `result_folder.begun` does.
     """
     building = index.unfinished(out)
-    for folder in (out, building):
-        if (folder / PROVENANCE).exists():
-            told = read_provenance(folder)
-            differing = _differing(told["settings"], settings)
-            if differing:
-                raise FileExistsError(
-                    f"{folder} holds another index: {'; '.join(differing)}. Ask for the same to "
-                    "go on with it, or name another folder"
-                )
-            return told["computed"]
-    for folder in (out, building):
-        if folder.exists() and not (folder.is_dir() and _ours(folder)):
-            raise FileExistsError(f"{folder}: there already, and no gradient index; name another")
-    return None
+    folders = [out, building]
+    if (building / GRADIENTS).exists() and not (building / PROVENANCE).exists():
+        folders = [out]  # a beginning that was cut off: it is begun anew
+    found = [begun(folder, settings, KIND) for folder in folders]
+    return next((computed for computed in found if computed is not None), None)
 
 
 def enter(
     out: Path,
     rows: NDArray[Any],
     row_bytes: int,
-    about: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    computed: Mapping[str, Any],
     files: Mapping[str, bytes],
-    *,
-    process: int,
-    processes: int,
-    agree: Callable[[int], int],
 ) -> IndexWriter:
-    """Begin an index, or go on with the one begun.
+    """Begin an index, or go on with the one begun. All processes call this together.
 
-    about: its settings, and what it is computed with. files: what else it holds. agree: the least
-    of the numbers that the processes give; each waits for the others.
+    settings, computed: what its provenance tells. files: what else it holds.
     """
     building = index.unfinished(out)
-    if process == 0 and not (building / PROVENANCE).exists():
-        _begin(building, rows, row_bytes, about, files)
-    agree(0)
+    all_say(True)  # each has looked, before the first begins
+    if is_first() and not (building / PROVENANCE).exists():
+        _begin(building, rows, row_bytes, files)
+        write_provenance(building, settings, computed)  # last: where it is, the others are
+        _sync(building)
+    all_say(True)
     records = {path: _read_record(path) for path in building.glob(_RECORD.format("*"))}
-    done = agree(min(records.values(), default=0))
-    writer = IndexWriter(building, row_bytes, process, done)
+    done = from_first([min(records.values(), default=0)])[0]
+    writer = IndexWriter(building, row_bytes, jax.process_index(), done)
     writer._record(done)
-    if process == 0:  # those of a time when there were more processes
-        for path in set(records) - {building / _RECORD.format(i) for i in range(processes)}:
+    if is_first():  # those of a time when there were more processes
+        now = {building / _RECORD.format(i) for i in range(jax.process_count())}
+        for path in set(records) - now:
             path.unlink()
     return writer
 
 
-def finish(out: Path, *, process: int, agree: Callable[[int], int]) -> None:
-    """Give a whole index its name."""
+def finish(out: Path) -> None:
+    """Give a whole index its name. All processes call this together."""
     building = index.unfinished(out)
-    agree(0)
-    if process == 0:
+    all_say(True)
+    if is_first():
         for path in building.glob(_RECORD.format("*")):
             path.unlink()
         building.rename(out)
-        _sync(out.parent)
-    agree(0)
+        _sync(out.absolute().parent)
+    all_say(True)
 
 
 def _begin(
     building: Path,
     rows: NDArray[Any],
     row_bytes: int,
-    about: Mapping[str, Any],
     files: Mapping[str, bytes],
 ) -> None:
     building.mkdir(parents=True, exist_ok=True)
@@ -177,15 +142,6 @@ def _begin(
     for name, content in files.items():
         write_whole(building / name, content)
     _sync(building / ROWS)
-    # Last: where it is, the others are.
-    write_whole(building / PROVENANCE, json.dumps(about, indent=1).encode() + b"\n")
-    _sync(building)
-
-
-def _ours(folder: Path) -> bool:
-    """Whether a folder without provenance is empty, or the beginning of an index cut off."""
-    names = {path.name for path in folder.iterdir()}
-    return not names or (folder.name.endswith(index.UNFINISHED) and GRADIENTS in names)
 
 
 def _read_record(path: Path) -> int:
@@ -193,21 +149,6 @@ def _read_record(path: Path) -> int:
         return int(json.loads(path.read_bytes())["chunks"])
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to begin anew") from None
-
-
-def _differing(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What differs, key by key, those within a section too."""
-    wanted = json.loads(json.dumps(wanted))
-    differing = []
-    for key in dict.fromkeys([*before, *wanted]):
-        was, now = before.get(key), wanted.get(key)
-        if was == now:
-            continue
-        if isinstance(was, dict) and isinstance(now, dict):
-            differing += [f"{key}.{inner}" for inner in _differing(was, now)]
-        else:
-            differing.append(f"{key} was {was!r}, is {now!r}")
-    return differing
 
 
 def _sync(path: Path) -> None:

@@ -17,7 +17,12 @@ from jaxtyping import Array, Float, Int
 from pythia_jax.configs import ModelConfig, RunConfig, Runtime
 from pythia_jax.interp.collecting import LINEAR, Backward, backward
 from pythia_jax.interp.curvature import twice_differentiable
-from pythia_jax.interp.gradients import EMBEDDINGS, PATHS, per_example_gradients
+from pythia_jax.interp.gradients import (
+    EMBEDDINGS,
+    PATHS,
+    check_finite,
+    per_example_gradients,
+)
 from pythia_jax.model.attention import exact
 from pythia_jax.model.gptneox import AnyArray, check_tokens
 from pythia_jax.model.loss import token_cross_entropy, token_losses
@@ -38,8 +43,8 @@ def pairwise(
     Both are trees with a leading axis: `[queries, …]` and `[rows, …]`, as `per_example_gradients`
     and `precondition` give them.
 
-    Raises ValueError for trees that do not fit, and for the cosine of a gradient that is all zero,
-    with its row. Cosines are therefore not for the inside of `jax.jit`.
+    Raises ValueError for trees that do not fit, for gradients that are no finite numbers, and for
+    the cosine of one that is all zero, with its row. Cosines are not for the inside of `jax.jit`.
     """
     if metric not in ("dot", "cosine"):
         raise ValueError(f"metric={metric!r}: choose dot or cosine")
@@ -50,10 +55,13 @@ def pairwise(
         if got[0] != got[1]:
             told = ["none" if shape is None else f"{shape} a row" for shape in got]
             raise ValueError(f"gradients of {path} do not fit: queries {told[0]}, rows {told[1]}")
+    names = ("query", "train")
     dots, *norms = _pairwise(*sides)
+    for name, norm in zip(names, norms, strict=True):
+        check_finite(norm, f"the norm of the {name} gradient")
     if metric == "dot":
         return dots
-    for name, norm in zip(("query", "train"), norms, strict=True):
+    for name, norm in zip(names, norms, strict=True):
         if (empty := np.flatnonzero(np.asarray(norm) == 0)).size:
             raise ValueError(f"the {name} gradient of row {empty[0]} is all zero: it has no cosine")
     return dots / norms[0][:, None] / norms[1]
@@ -74,11 +82,14 @@ def scores(
     summed loss. It is formed one module of one layer at a time, and only its inner products are
     kept; a direction of the unembedding costs another sweep over the logits.
 
-    Raises ValueError for directions that do not fit the parameters.
+    Raises ValueError for directions that do not fit the parameters, and for a score or a direction
+    that is no finite number, with its row. (Under tracing, nothing looks for these.)
     """
     flat = _directions(directions, params)
     check_tokens(tokens, config)
-    return _scores(params, jnp.asarray(tokens), flat, config=config, runtime=runtime)
+    found = _scores(params, jnp.asarray(tokens), flat, config=config, runtime=runtime)
+    check_finite(found.T, "the score")
+    return found
 
 
 def token_scores(
@@ -96,13 +107,15 @@ def token_scores(
 
     directions: as in `scores`.
 
-    Raises ValueError for directions that do not fit the parameters, and an attention kernel that
-    has no forward-mode derivative.
+    Raises ValueError as `scores` does, and for an attention kernel that has no forward-mode
+    derivative.
     """
     flat = _directions(directions, params)
     check_tokens(tokens, config)
     runtime = twice_differentiable(runtime)
-    return _token_scores(params, jnp.asarray(tokens), flat, config=config, runtime=runtime)
+    found = _token_scores(params, jnp.asarray(tokens), flat, config=config, runtime=runtime)
+    check_finite(found.swapaxes(0, 1), "the score of a token")
+    return found
 
 
 def tracin(
@@ -126,7 +139,8 @@ def tracin(
     plain step of gradient descent on the row's share of a batch would take off the query's loss.
     Of the gradients, those of the queries exist at a time.
 
-    Raises ValueError for no checkpoint, a step that is not of the run, and what does not fit.
+    Raises ValueError for no checkpoint, a step that is not of the run, what does not fit, and a
+    score that is no finite number, with its step and row.
     """
     assert config.model is not None
     runtime = config.runtime if runtime is None else runtime
@@ -139,17 +153,17 @@ def tracin(
         gradients = per_example_gradients(
             params, queries, config.model, parameters=parameters, runtime=runtime
         )
-        found = [
-            np.asarray(scores(params, batch, config.model, gradients, runtime=runtime))
-            for batch in batches
-        ]
-        part = float(rate(step)) * np.concatenate(found, axis=1)
+        flat, found = _directions(gradients, params), []
+        for batch in batches:
+            check_tokens(batch, config.model)
+            part = _scores(params, jnp.asarray(batch), flat, config=config.model, runtime=runtime)
+            found.append(np.asarray(part))
+        every = np.concatenate(found, axis=1)
+        check_finite(every.T, f"the score at step {step}")
+        part = float(rate(step)) * every
         total = part if total is None else total + part
     if total is None:
         raise ValueError("there is no checkpoint to score with")
-    if not np.isfinite(total).all():
-        row = np.flatnonzero(~np.isfinite(total).all(axis=0))[0]
-        raise ValueError(f"the score of row {row} is not finite: look at its loss")
     return total
 
 
@@ -195,6 +209,7 @@ def _directions(directions: Params, params: Params) -> dict[str, Any]:
             )
     if len(counts) > 1:
         raise ValueError(f"directions of {sorted(counts)} queries: the same number is wanted")
+    check_finite(flat, "the query's direction")
     return flat
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from pythia_jax.configs import ModelConfig
-from pythia_jax.files import locked, write_whole
+from pythia_jax.files import write_whole
+from pythia_jax.interp import result_folder
 from pythia_jax.interp.streaming import Stream
 from pythia_jax.model import parameters
 from pythia_jax.model.parameters import Params
@@ -65,21 +66,14 @@ class Kept:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Only this call writes here, for as long as the block lasts; of several processes of one
-        call, the first. Raises RuntimeError where another call does."""
-        if not is_first():
-            yield
-            return
-        (self.folder / "steps").mkdir(parents=True, exist_ok=True)
-        try:
-            with locked(self.folder / ".lock", seconds=0):
+        """Only this call writes here, as `result_folder.alone`. Makes the folder."""
+        if is_first():
+            (self.folder / "steps").mkdir(parents=True, exist_ok=True)
+        with result_folder.alone(self.folder):
+            if is_first():
                 for left in (self.folder / "steps").glob(".*.partial"):
                     left.unlink()  # by a process that was killed
-                yield
-        except BlockingIOError:
-            raise RuntimeError(
-                f"{self.folder}: another call is writing there; wait for it to end"
-            ) from None
+            yield
 
     def read(self, step: int, weights: str | None = None) -> tuple[list[np.ndarray], str] | None:
         """The values of a step and the hash of its weights; None if they are not there.
@@ -151,7 +145,7 @@ class Kept:
         return None
 
     def _strange(self) -> bool:
-        return bool({path.name for path in self.folder.iterdir()} - {".lock", "steps"})
+        return bool({path.name for path in self.folder.iterdir()} - {"steps"})
 
     def _files(self) -> list[Path]:
         return sorted(path for path in (self.folder / "steps").glob("*.npz"))

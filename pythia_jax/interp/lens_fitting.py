@@ -15,7 +15,7 @@ from pythia_jax.bridge.model import Model
 from pythia_jax.bridge.revisions import load_at
 from pythia_jax.configs import MeshConfig, RunConfig
 from pythia_jax.data import Batches, batches
-from pythia_jax.interp import tuned_lens
+from pythia_jax.interp import preflight, training_rows, tuned_lens
 from pythia_jax.interp.lenses import LensLosses, TunedLens, lens_losses
 
 
@@ -85,11 +85,12 @@ def fit_of(
     mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=fsdp, tensor=tensor), jax.local_devices())
     with jax.set_mesh(mesh):
         model = load_at(source, revision=revision, step=step)
-        _check(model, config)
+        training_rows.check(config, served, model.config, start, stop)
         taken = slice(rows)
 
         def inputs() -> Iterator[NDArray[np.int32]]:
-            for number in range(start, stop - 1):
+            numbers = range(start, stop - 1)
+            for number in preflight.timed(numbers, len(numbers), "the updates that are left"):
                 yield served.read(number, taken)[:, :-1]
 
         lens = tuned_lens.fit(
@@ -108,15 +109,6 @@ def fit_of(
     return Fitted(*found, held_out=stop - 1)
 
 
-def _check(model: Model, config: RunConfig) -> None:
-    seq, longest = config.data.sequence_length, model.config.max_position_embeddings
-    if seq > longest:
-        raise ValueError(
-            f"data.sequence_length {seq}: the model has {longest} positions; give the config of "
-            "the run that it is of"
-        )
-
-
 def _losses(
     model: Model,
     lens: TunedLens | None,
@@ -127,7 +119,7 @@ def _losses(
 ) -> LensLosses:
     """Means over the rows of a step, some of them at a time."""
     tokens = served.read(step, taken)
-    together = tuned_lens.rows_together((len(tokens), tokens.shape[1] - 1), batch)
+    together = training_rows.together(batch, len(tokens), tokens.shape[1] - 1)
     parts: list[list[Float[NDArray, "lens rows"]]] = []
     for first in range(0, len(tokens), together):
         own = tokens[first : first + together]

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from pythia_jax.bridge.model import Model
+from pythia_jax.bridge.revisions import at_step
 from pythia_jax.files import write_whole, written_whole
 from pythia_jax.interp import tuned_lens
 from pythia_jax.interp.lenses import logit_lens
@@ -80,7 +81,7 @@ class Reading:
 
     def figure(self) -> "Figure":
         """The likeliest token of each lens at each position, on the colour of its probability."""
-        from pythia_jax.interp.plots import layer_position_grid, shown
+        from pythia_jax.interp.plots import layer_position_grid, shown, titled
 
         if len(self.tokens) > _LONGEST:
             raise ValueError(
@@ -91,12 +92,12 @@ class Reading:
         figure = layer_position_grid(
             chances,
             self.tokens,
-            title=f"{self.lens}: the likeliest next token",
             label="its probability",
             signed=False,
         )
         width, height = figure.get_size_inches()
         figure.set_size_inches(max(width, 2.5 + 0.8 * len(self.tokens)), height)
+        titled(figure, f"{self.lens}: the likeliest next token")
         axes = figure.axes[0]
         axes.set_ylabel("lens")
         middle = (chances.min() + chances.max()) / 2
@@ -133,10 +134,7 @@ def read_prompt(
     `tuned_lens.load` does.
     """
     lens = None if tuned is None else tuned_lens.load(tuned, model.config)
-    name = "logit lens"
-    if tuned is not None:
-        told = ", ".join(f"{key} {value}" for key, value in tuned_lens.about(tuned).items())
-        name = f"tuned lens ({told})" if told else "tuned lens"
+    name = "logit lens" if tuned is None else _name_of_tuned(tuned)
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(f"{model.source}: has no tokenizer, so a prompt cannot be read")
@@ -160,6 +158,14 @@ def read_prompt(
         log_probabilities=np.asarray(nats)[:, 0],
         words={int(i): word(int(i)) for i in np.unique(ids)},
     )
+
+
+def _name_of_tuned(lens: str | os.PathLike[str]) -> str:
+    about = tuned_lens.about(lens)
+    if "source" in about:
+        about["source"] = at_step(about["source"], about.pop("step", None))
+    told = ", ".join(f"{key} {value}" for key, value in about.items())
+    return f"tuned lens ({told})" if told else "tuned lens"
 
 
 def check_output(out: Path) -> None:

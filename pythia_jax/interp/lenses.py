@@ -22,7 +22,14 @@ from jaxtyping import Array, Bool, Float, Int
 from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.model.attention import exact
-from pythia_jax.model.gptneox import AnyArray, check_tokens, hidden_states, layer_norm, unembed
+from pythia_jax.model.gptneox import (
+    AnyArray,
+    check_rows,
+    check_tokens,
+    hidden_states,
+    layer_norm,
+    unembed,
+)
 from pythia_jax.model.parameters import Params
 
 
@@ -114,9 +121,7 @@ def lens_losses(
 
     Raises ValueError as `logit_lens` does, and for a tuned lens of another shape of model.
     """
-    if tokens.ndim != 2 or tokens.shape[1] < 2:
-        raise ValueError(f"tokens of shape {tokens.shape}: a loss wants [batch, seq + 1]")
-    check_tokens(tokens, config)
+    check_rows(tokens, config)
     chosen = _chosen(layers, config)
     check_lens(lens, config)
     found, sound = _losses(params, jnp.asarray(tokens), config, lens, chosen, runtime)
@@ -277,10 +282,8 @@ class Chunks:
 
     def __init__(self, shape: tuple[int, ...], tokens: int) -> None:
         batch, seq = shape
-        mesh, parts = sharding.current(), 1
-        if mesh is not None:
-            parts = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
         self._seq = seq
+        parts = sharding.parts_of_rows()
         wanted = min(seq, max(1, math.ceil(seq * batch / parts / tokens)))
         self._length = math.ceil(seq / wanted)
         self._count = math.ceil(seq / self._length)

@@ -7,7 +7,6 @@ folder are never taken for those of others.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -17,12 +16,13 @@ import numpy as np
 from jaxtyping import Int
 
 from pythia_jax.configs import ModelConfig, Runtime
+from pythia_jax.interp.gradient_plan import matching
 from pythia_jax.interp.gradients import gradient_norms
 from pythia_jax.interp.lenses import lens_losses
 from pythia_jax.interp.noise_scale import gradient_noise_scale
 from pythia_jax.model.gptneox import AnyArray
 from pythia_jax.model.loss import token_losses
-from pythia_jax.model.parameters import TABLE, Params
+from pythia_jax.model.parameters import Params
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["tokens"], meta_fields=["measure", "name"])
@@ -68,7 +68,7 @@ def gradient_norm_curve(
 def noise_scale_curve(
     tokens: Int[AnyArray, "batch seq+1"], *, runtime: Runtime = Runtime()
 ) -> Measure:
-    """`gradient_noise_scale` of the batch, by parameter, `[(layers)]`, and of all (`whole`)."""
+    """`gradient_noise_scale` of the batch: by parameter, `[(layers)]`, by layer, and of all."""
     return _measure(
         "noise scale", partial(gradient_noise_scale, runtime=runtime), tokens, runtime, rows=2
     )
@@ -86,17 +86,6 @@ def lens_curve(
     measure = partial(lens_losses, layers=chosen, runtime=runtime)
     which = "all layers" if chosen is None else f"layers {', '.join(map(str, chosen))}"
     return _measure(f"logit lens at {which}", measure, tokens, runtime)
-
-
-def matching(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """Paths of the parameter table, in its order. Raises ValueError for one without a match."""
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    paths = [parameter.path for parameter in TABLE]
-    for pattern in patterns:
-        if not any(fnmatchcase(path, pattern) for path in paths):
-            there = ", ".join(paths)
-            raise ValueError(f"parameters={pattern!r} matches no parameter; there are {there}")
-    return tuple(path for path in paths if any(fnmatchcase(path, p) for p in patterns))
 
 
 def digest_of(tokens: AnyArray) -> str:

@@ -20,14 +20,22 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pythia_jax.configs import RunConfig, Runtime
 from pythia_jax.data import Batches
+from pythia_jax.interp import preflight
 from pythia_jax.interp.curvature import known, twice_differentiable
 from pythia_jax.model.gptneox import AnyArray, check_tokens
 from pythia_jax.model.parameters import Params
+from pythia_jax.training.feed import GlobalBatches
 from pythia_jax.training.step import TrainState, train_step
 
 log = logging.getLogger(__name__)
 
-Steps = Int[AnyArray, "step batch seq+1"] | Sequence[Any] | Batches | Callable[[int], Any]
+Steps = (
+    Int[AnyArray, "step batch seq+1"]
+    | Sequence[Any]
+    | Batches
+    | GlobalBatches
+    | Callable[[int], Any]
+)
 QueryLoss = Callable[[Params], Float[Array, "*queries"]]
 
 
@@ -35,8 +43,8 @@ def metagradient(
     state: TrainState,
     batches: Steps,
     query_loss: QueryLoss,
-    steps: int,
     *,
+    steps: int,
     config: RunConfig,
     runtime: Runtime | None = None,
 ) -> Float[Array, "*queries step batch"]:
@@ -46,8 +54,9 @@ def metagradient(
     divisor of the batch stays. So a row left out changes the query's loss by about minus its
     influence, and a row that helps has a negative one.
 
-    state: where training begins. batches: those of its next steps, `[step, batch, seq + 1]`; or
-    `data.batches(config)`, or any function from a step's number to its batch.
+    state: where training begins (`resumed` has one). batches: those of its next steps,
+    `[step, batch, seq + 1]`; or `data.batches(config)`, or any function from a step's number to its
+    batch.
     query_loss: from parameters to a loss, or to `[queries]` of them; each query costs a backward
     pass through training of its own, and holds a state. config: the run's.
     runtime: how to compute, in place of the run's own; attention that was left open is `xla`.
@@ -61,15 +70,24 @@ def metagradient(
     Returns influences in nats a unit of weight, `[step, batch]` or `[queries, step, batch]`.
 
     Raises ValueError for batches that do not fit, a precision or an attention kernel that has no
-    second derivatives, a step that stopped the run, and an influence that is not finite.
+    second derivatives, a step that stopped the run, and an influence that is not finite; with
+    the numbers, and before the first step, MemoryError for what does not fit.
     """
     run = _Run(**vars(config), how=_runtime(config, runtime))
     tokens = _stacked(state, batches, steps, config)
-    _check_query(query_loss, state.params)
+    queries = _count(query_loss, state.params)
     cut, active = _segmented(tokens)
+    preflight.check_memory(
+        f"a metagradient through {steps} steps",
+        (len(cut), state),
+        (queries, state.params),
+        program=partial(_backward_program, state, cut, active, query_loss, run),
+        advice="take fewer queries at once, or cut the model over more devices (mesh.fsdp)",
+    )
     starts, final, updated = _forward(state, cut, active, config=run)
     _check_updated(state, updated, steps, config)
     values, cotangents = _query_gradients(query_loss, final.params)
+    del final
     influence = _backward(starts, cut, active, cotangents, config=run)[:, :steps]
     influence = influence if values.ndim else influence[0]
     _check_finite(state, influence)
@@ -80,8 +98,8 @@ def trained(
     state: TrainState,
     batches: Steps,
     weights: Float[AnyArray, "step batch"],
-    *,
     config: RunConfig,
+    *,
     runtime: Runtime | None = None,
 ) -> TrainState:
     """The state after a train step on each of the batches, with these weights of their rows.
@@ -217,16 +235,27 @@ def _joined(state: TrainState, moving: tuple[Params, Any, Any]) -> TrainState:
     return state.replace(params=params, opt_state=opt_state)  # type: ignore
 
 
+@partial(jax.jit, static_argnums=0)
 def _query_gradients(query_loss: QueryLoss, params: Params) -> tuple[jax.Array, Params]:
     """The queries' losses, and their gradients with a leading axis, made one by one."""
+    values, pull = jax.vjp(query_loss, params)
+    units = jnp.eye(values.size, dtype=values.dtype).reshape(-1, *values.shape)
+    return values, jax.lax.map(lambda unit: pull(unit)[0], units)
 
-    @jax.jit
-    def gradients(params: Params) -> tuple[jax.Array, Params]:
-        values, pull = jax.vjp(query_loss, params)
-        units = jnp.eye(values.size, dtype=values.dtype).reshape(-1, *values.shape)
-        return values, jax.lax.map(lambda unit: pull(unit)[0], units)
 
-    return gradients(params)
+def _backward_program(
+    state: TrainState,
+    tokens: jax.Array,
+    active: jax.Array,
+    query_loss: QueryLoss,
+    config: RunConfig,
+) -> Any:
+    """`_backward`, compiled before there is anything to call it with: it wants the most memory."""
+    forward = _forward.lower(state, tokens, active, config=config).compile()
+    starts, final, _ = preflight.results(forward)
+    queries = _query_gradients.lower(query_loss, final.params).compile()
+    cotangents = preflight.results(queries)[1]
+    return _backward.lower(starts, tokens, active, cotangents, config=config).compile()
 
 
 def _segmented(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -258,7 +287,8 @@ def _stacked(state: TrainState, batches: Steps, steps: int, config: RunConfig) -
     if steps < 1:
         raise ValueError(f"steps = {steps}: at least 1 is wanted")
     first = known(state.step)
-    batches = batches.__getitem__ if isinstance(batches, Batches) else batches
+    if isinstance(batches, Batches | GlobalBatches):
+        batches = batches.__getitem__
     if callable(batches):
         if first is None:
             raise ValueError(
@@ -286,10 +316,12 @@ def _stacked(state: TrainState, batches: Steps, steps: int, config: RunConfig) -
     return jnp.asarray(tokens)
 
 
-def _check_query(query_loss: QueryLoss, params: Params) -> None:
+def _count(query_loss: QueryLoss, params: Params) -> int:
+    """How many queries these are."""
     out = jax.eval_shape(query_loss, params)
     if not hasattr(out, "ndim") or out.ndim > 1 or not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(f"query_loss gives {out}: one number, or [queries] of them, are wanted")
+    return out.size
 
 
 def _check_updated(state: TrainState, updated: jax.Array, steps: int, config: RunConfig) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
@@ -21,7 +22,7 @@ from pythia_jax.model.parameters import Params
 
 
 class NoiseScale(NamedTuple):
-    """Estimates of one parameter, `[layers]` where it has layers, or of all, `[]`.
+    """Estimates of one or more parameters: `[layers]` where they have layers, else `[]`.
 
     g2: squared norm of the true gradient. s: trace of the covariance of one sequence's gradient,
     of its mean loss per token. Both are unbiased, and may come out negative; average them over
@@ -41,24 +42,32 @@ def gradient_noise_scale(
     *,
     runtime: Runtime = Runtime(),
 ) -> dict[str, NoiseScale]:
-    """Noise scale of the gradient by parameter and layer, and over all parameters.
+    """Noise scale of the gradient by parameter and layer, by layer, and over all parameters.
 
     With G_i the gradient of row i's mean loss, G their mean and B rows:
     g2 = (B |G|² − mean |G_i|²) / (B − 1) and s = (mean |G_i|² − |G|²) / (1 − 1/B).
 
-    Returns {path of the parameter table: estimates by layer, "whole": of all parameters}.
+    Returns {path of the parameter table: estimates by layer, "layers": of all the parameters of
+    each layer together, "whole": of all there are}. Of several parameters g2 and s are the sums of
+    theirs; noise scales do not add up.
 
     Raises ValueError for a batch of one row, and for gradients that are no finite numbers.
     """
-    if tokens.ndim != 2 or tokens.shape[0] < 2:
-        raise ValueError(f"tokens of shape {tokens.shape}: the noise scale wants 2 rows or more")
+    if len(np.shape(tokens)) != 2 or len(tokens) < 2:
+        raise ValueError(
+            f"tokens of shape {np.shape(tokens)}: the noise scale wants 2 rows or more"
+        )
     norms = gradient_norms(params, tokens, config, reduction="mean", runtime=runtime)
     batch_norms = _batch_squares(params, tokens, config=config, runtime=runtime)
     batch, seq = tokens.shape[0], tokens.shape[1] - 1
     flat: dict[str, Any] = traverse_util.flatten_dict(norms, sep="/")
     squares = {path: ((norm**2).mean(axis=0), batch_norms[path]) for path, norm in flat.items()}
-    small, large = (sum(pair[i].sum() for pair in squares.values()) for i in (0, 1))
-    found = {**squares, "whole": (small, large)}
+    layers = [pair for path, pair in squares.items() if path.startswith("layers/")]
+    together = {
+        "layers": tuple(map(sum, zip(*layers, strict=True))),
+        "whole": tuple(sum(pair[i].sum() for pair in squares.values()) for i in (0, 1)),
+    }
+    found = {**squares, **together}
     return {path: _estimate(one, all_, batch, seq) for path, (one, all_) in found.items()}
 
 

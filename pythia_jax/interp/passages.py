@@ -1,6 +1,5 @@
 """The tokens of training that the rows of an index are of, read again from the run's data."""
 
-import hashlib
 import logging
 import os
 
@@ -12,12 +11,13 @@ from pythia_jax import configs
 from pythia_jax.bridge.model import tokenizer_of
 from pythia_jax.configs import RunConfig
 from pythia_jax.data import Batches, batches
-from pythia_jax.interp.index import RUN, Index
+from pythia_jax.interp import training_rows
+from pythia_jax.interp.index import Index
+from pythia_jax.interp.result_folder import RUN
 
 log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer.json"
-_ROWS_HASHED = 64
 
 
 class Passages:
@@ -58,6 +58,18 @@ class Passages:
         key = self._index.rows[row]
         return self.sequence(row)[key["start"] : key["stop"]]
 
+    def documents(self, row: int) -> list[int]:
+        """The documents that a row has tokens of, in reading order; empty where they are not known.
+
+        Each is its number in its path of the split.
+        """
+        key = self._index.rows[row]
+        if key["documents"] < 2:
+            return [int(key["document"])] if key["documents"] else []
+        if self._served is None:
+            return []
+        return self._served.pieces(int(key["step"]), [int(key["slot"])]).document.tolist()
+
     def text(self, row: int) -> str:
         assert self.tokenizer is not None
         return self.tokenizer.decode(self.tokens(row).tolist(), skip_special_tokens=False)
@@ -69,21 +81,11 @@ def saved_tokenizer(index: Index) -> Tokenizer | None:
     return tokenizer_of({TOKENIZER: path.read_bytes()}) if path.exists() else None
 
 
-def digest_of_rows(served: Batches, start: int, stop: int) -> str:
-    """SHA-256 of what the batches of steps are: their number, and 64 rows from the first on."""
-    size = served.batch_size
-    some = np.unique(np.linspace(start * size, stop * size - 1, _ROWS_HASHED, dtype=np.int64))
-    digest = hashlib.sha256(f"{start} {stop} {size} ".encode())
-    for step, row in zip(*np.divmod(some, size), strict=True):
-        digest.update(served.read(int(step), [int(row)]).astype("<i4").tobytes())
-    return digest.hexdigest()
-
-
 def _served(index: Index, data: RunConfig | None) -> Batches:
     config = configs.load(index.folder / RUN) if data is None else data
     served = batches(config)
     start, stop = index.settings["steps"]
-    if stop > len(served) or digest_of_rows(served, start, stop) != index.settings["rows"]:
+    if stop > len(served) or training_rows.digest(served, start, stop) != index.settings["rows"]:
         raise ValueError(
             f"{served.source}: these are not the rows that {os.fspath(index.folder)} was built "
             "from: other data, or another order (data.seed, training.steps, batch_size)"

@@ -4,6 +4,7 @@ Colours diverge around zero, red above and blue below. Save one with `figure.sav
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,20 @@ if TYPE_CHECKING:
 _SIGNED, _POSITIVE = "RdBu_r", "viridis"
 _PLAIN: Any = {"parse_math": False}  # a dollar in a token is no formula
 _LONGEST = 12  # characters of a token that are shown
+_SIGNS = {**dict.fromkeys(range(32), "�"), **str.maketrans("\r\n\t ", "␍⏎⇥␣")}
 
 
 def shown(token: str) -> str:
-    """A token as text that can be seen: its spaces and line ends by signs, the end cut off."""
-    for sign, seen in (("\r", "␍"), ("\n", "⏎"), ("\t", "⇥"), (" ", "␣")):
-        token = token.replace(sign, seen)
+    """A token as text that can be seen: its spaces and controls by signs, its end cut off."""
+    token = token.translate(_SIGNS)
     return token if len(token) <= _LONGEST else token[: _LONGEST - 1] + "…"
+
+
+def titled(figure: "Figure", title: str) -> None:
+    """Give a figure its title, in as many lines as its width wants."""
+    letters = int(10 * figure.get_figwidth())  # an inch holds about 12 of them
+    lines = [part for line in title.split("\n") for part in textwrap.wrap(line, letters) or [""]]
+    figure.suptitle("\n".join(lines), **_PLAIN)
 
 
 def token_heat_map(
@@ -69,7 +77,7 @@ def token_heat_map(
         )
     axes.set_axis_off()
     figure.colorbar(image, ax=axes, label=label, shrink=0.9)
-    figure.suptitle(title, **_PLAIN)
+    titled(figure, title)
     return figure
 
 
@@ -97,7 +105,7 @@ def layer_position_grid(
     _ticks(axes, "y", [str(i) for i in range(len(grid))])
     axes.set(xlabel="token" if tokens else "position", ylabel="layer")
     figure.colorbar(image, ax=axes, label=label)
-    figure.suptitle(title, **_PLAIN)
+    titled(figure, title)
     return figure
 
 
@@ -141,7 +149,7 @@ def patching_grid(
         axes.set(title=site, ylabel=names[0], xlabel=names[1])
     assert image is not None
     figure.colorbar(image, ax=drawn[:, 0], label=label)
-    figure.suptitle(title, **_PLAIN)
+    titled(figure, title)
     return figure
 
 
@@ -180,7 +188,7 @@ def influence_scatter(
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.ticklabel_format(style="sci", scilimits=(-2, 3))
     told = f"Pearson {found.pearson:.3f}, Spearman {found.spearman:.3f}, {len(x)} rows"
-    figure.suptitle(f"{title}\n{told}" if title else told, **_PLAIN)
+    titled(figure, f"{title}\n{told}" if title else told)
     return figure
 
 

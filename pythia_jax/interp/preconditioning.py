@@ -40,13 +40,21 @@ def precondition(
 
     Returns a tree like `gradients`, at least float32.
 
-    Raises ValueError for gradients of parameters that the factors do not know, a negative damping,
-    and what is no finite number (a curvature of 0 with no damping), with its row.
+    Raises ValueError for gradients of parameters that the factors do not know, and for a damping
+    that is negative or too small to invert the curvature; for a gradient that is no finite number,
+    with its row.
     """
     flat = _flat(gradients)
     _check(factors, flat, damping, power)
+    check_finite(flat)
     made = _preconditioned(factors, flat, damping, power=float(power))
-    check_finite(made)
+    told = "the default" if damping is None else damping
+    check_finite(
+        made,
+        "the preconditioned gradient",
+        f"the curvature has eigenvalues of 0 or next to it, and damping {told} is too little to "
+        "invert them: give more of it",
+    )
     return traverse_util.unflatten_dict(made, sep="/")
 
 

@@ -5,12 +5,10 @@ query's loss −η · dot is the first-order change by one step of gradient desc
 Pruthi et al., 2020), in nats, if the index is not projected; projected, it is so in expectation.
 """
 
-import csv
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -21,17 +19,17 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pythia_jax.bridge import Model, load
-from pythia_jax.bridge.revisions import weights_hash
-from pythia_jax.configs import RunConfig, Runtime
-from pythia_jax.files import written_whole
-from pythia_jax.interp.chunks import parts_of_rows, projection_sides, row_gradients
+from pythia_jax import sharding
+from pythia_jax.bridge import Model
+from pythia_jax.bridge.revisions import at_step, load_at, weights_hash
+from pythia_jax.configs import MeshConfig, ModelConfig, RunConfig, Runtime
+from pythia_jax.interp.chunks import projection_sides, row_gradients
 from pythia_jax.interp.collecting import LINEAR
 from pythia_jax.interp.factors import Factors
 from pythia_jax.interp.factors import about as about_factors
 from pythia_jax.interp.factors import load as load_factors
 from pythia_jax.interp.gradients import per_example_gradients
-from pythia_jax.interp.index import Index, open_index
+from pythia_jax.interp.index import Index, described, open_index
 from pythia_jax.interp.passages import Passages, saved_tokenizer
 from pythia_jax.interp.preconditioning import precondition
 from pythia_jax.model.attention import exact
@@ -43,7 +41,6 @@ log = logging.getLogger(__name__)
 Metric = Literal["dot", "cosine"]
 BLOCK_BYTES = 2**26
 """Of the index that is in memory at once, as float32."""
-TABLES = (".parquet", ".csv")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,22 +48,31 @@ class Hits:
     """The rows that scored highest, the best first.
 
     scores: float32 `[n]`. numbers: rows of the index, `[n]`. rows: which tokens they are of, `ROW`
-    `[n]`. texts: the passages; empty where they cannot be read.
+    `[n]`. documents: of each row, the numbers of all its documents, where the data can be read.
+    texts: the passages; empty where they cannot be read. data: `Index.data`, by which the rows are
+    known to be of the same data again.
     """
 
     scores: NDArray[np.float32]
     numbers: NDArray[np.int64]
     rows: NDArray[Any]
+    documents: list[list[int]]
     texts: list[str]
+    data: str
 
     def __len__(self) -> int:
         return len(self.numbers)
 
+    def described(self, place: int) -> str:
+        """Which row stands at a place, in words."""
+        return described(self.rows[place], self.documents[place])
+
     def columns(self) -> dict[str, Any]:
-        """As a table: score, row, step, slot and so on, text."""
+        """As a table: score, row, step, slot and so on, data, text."""
         named = {name: self.rows[name] for name in self.rows.dtype.names or ()}
         texts = {"text": self.texts} if self.texts else {}
-        return {"score": self.scores, "row": self.numbers, **named, **texts}
+        data = [self.data] * len(self)
+        return {"score": self.scores, "row": self.numbers, **named, "data": data, **texts}
 
 
 def query(
@@ -103,6 +109,8 @@ def query(
         raise ValueError(f"metric {metric!r}: choose dot or cosine")
     if top < 1:
         raise ValueError(f"top {top}: must be at least 1")
+    if damping is not None and factors is None:
+        raise ValueError("damping goes with factors (--damping, --factors)")
     if (text is None) == (tokens is None):
         raise ValueError("give the query as a text or as tokens, and not both")
     if tokens is None:
@@ -110,11 +118,10 @@ def query(
         tokens, answer_at = encoded(index, text, completion)
     elif completion is not None:
         raise ValueError("a completion goes with a text; tokens have answer_at")
+    tokens = _checked(tokens, answer_at, index.model_config)
     model = recorded_model(index) if model is None else model
     check_model(index, model)
     if factors is None:
-        if damping is not None:
-            raise ValueError("damping goes with factors")
         gradient = query_gradient(index, model, tokens, answer_at, runtime=runtime)
     else:
         gradient = preconditioned_gradient(
@@ -123,7 +130,37 @@ def query(
     scores, numbers = search(index, gradient, metric, top, show_progress=show_progress)
     passages = Passages(index, data=data, needed=False)
     texts = [passages.text(int(n)) for n in numbers] if passages.readable else []
-    return Hits(scores, numbers, np.array(index.rows[numbers]), texts)
+    documents = [passages.documents(int(n)) for n in numbers]
+    return Hits(scores, numbers, np.array(index.rows[numbers]), documents, texts, index.data)
+
+
+def query_of(
+    index: str | os.PathLike[str],
+    text: str,
+    *,
+    model: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    step: int | None = None,
+    fsdp: int = 1,
+    tensor: int = 1,
+    **how: Any,
+) -> Hits:
+    """`query` with a checkpoint of any kind as the model (`pj.load`), over all devices there are.
+
+    model: None is the one that the index was built with. fsdp, tensor: devices that the weights are
+    cut over, for a model that does not fit one. how: other arguments of `query`.
+
+    Raises as both do, and ConfigError for a model that cannot be cut so.
+    """
+    opened = open_index(index)
+    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=fsdp, tensor=tensor))
+    dtype = opened.settings["computed_in"]
+    with jax.set_mesh(mesh):
+        sharding.check_fit(mesh, opened.model_config, sharding.parts_of_rows())
+        given = None
+        if model is not None:
+            given = load_at(model, revision=revision, step=step, dtype=dtype)
+        return query(opened, text, model=given, **how)
 
 
 def query_gradient(
@@ -138,7 +175,7 @@ def query_gradient(
 
     Raises ValueError for tokens that do not fit, and where it is zero or not finite.
     """
-    tokens = _checked(tokens, answer_at, model)
+    tokens = _checked(tokens, answer_at, model.config)
     weights = np.arange(1, len(tokens)) >= answer_at
     found = row_gradients(
         model.params,
@@ -182,7 +219,7 @@ def preconditioned_gradient(
         tree = {m: {"kernel": block[None]} for m, block in as_modules(index, row).items()}
         made = precondition(fitted, traverse_util.unflatten_dict(tree, sep="/"), damping)
         return _nonzero(from_modules(index, {m: _kernel(made, m)[0] for m in LINEAR}))
-    tokens = _checked(tokens, answer_at, model)
+    tokens = _checked(tokens, answer_at, model.config)
     return _nonzero(_preconditioned(index, model, fitted, tokens, answer_at, damping, runtime))
 
 
@@ -191,11 +228,19 @@ def _check_factors(index: Index, folder: str | os.PathLike[str]) -> None:
     saved = about_factors(os.fspath(folder))["provenance"]
     if "weights" not in saved:
         log.warning("%s: does not tell which weights its factors are of", folder)
-    elif saved["weights"] != index.settings["weights"]:
+        return
+    if saved["weights"] == index.settings["weights"]:
+        return
+    at, ours = f"({at_step(saved['source'], saved['step'])})", index.settings["computed_in"]
+    if saved["dtype"] != ours:  # of one checkpoint or not: the hashes are of rounded weights
         raise ValueError(
-            f"{folder}: factors of other weights ({saved['source']}, step {saved['step']}) than "
-            "the index's gradients; fit them at the index's checkpoint"
+            f"{folder}: factors of weights in {saved['dtype']} {at}, and the index's gradients "
+            f"are of weights in {ours}: give both the same --dtype"
         )
+    raise ValueError(
+        f"{folder}: factors of other weights {at} than the index's gradients; fit them at the "
+        "index's checkpoint"
+    )
 
 
 def _preconditioned(
@@ -234,25 +279,32 @@ def _kernel(tree: Params, module: str) -> jax.Array:
     return jnp.asarray(traverse_util.flatten_dict(tree, sep="/")[f"{module}/kernel"])
 
 
-def _checked(tokens: Any, answer_at: int, model: Model) -> NDArray[np.int32]:
+def _checked(tokens: Any, answer_at: int, config: ModelConfig) -> NDArray[np.int32]:
     tokens = np.asarray(tokens)
-    positions = model.config.max_position_embeddings
-    if tokens.ndim != 1 or not 2 <= len(tokens) <= positions + 1:
+    longest = config.max_position_embeddings + 1
+    if tokens.ndim != 1:
         raise ValueError(
-            f"a query of shape {tokens.shape}: from 2 to {positions + 1} tokens are wanted"
+            f"tokens of shape {tokens.shape}: those of one query, [length], are wanted"
         )
+    if len(tokens) < 2:
+        raise ValueError(
+            "the query is too short: its loss is of tokens that have one before them, so at least "
+            f"two are wanted, and not {len(tokens)}"
+        )
+    if len(tokens) > longest:
+        raise ValueError(f"the query is too long: {len(tokens)} tokens; up to {longest} fit")
     if not 1 <= answer_at < len(tokens):
         raise ValueError(
             f"answer_at {answer_at}: from 1, since nothing comes before token 0, to "
             f"{len(tokens) - 1}"
         )
-    check_tokens(tokens[None], model.config)
+    check_tokens(tokens[None], config)
     return tokens.astype(np.int32)
 
 
 def _whole_batch(values: NDArray[Any]) -> NDArray[Any]:
     """The query once for each part that a mesh cuts rows into."""
-    return np.repeat(values[None], parts_of_rows(), axis=0)
+    return np.repeat(values[None], sharding.parts_of_rows(), axis=0)
 
 
 def _nonzero(gradient: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -315,7 +367,12 @@ def recorded_model(index: Index) -> Model:
             f"{index.folder}: was built from a model in memory ({_source(index)}), which cannot "
             "be found again: give it as model (--model)"
         )
-    return load(**opened)
+    return load_at(
+        opened["path_or_id"],
+        revision=opened["revision"],
+        step=opened["step"],
+        dtype=opened["dtype"],
+    )
 
 
 def check_model(index: Index, model: Model) -> None:
@@ -362,55 +419,6 @@ def _layers_and_module(name: str) -> tuple[int, str]:
     return int(layer), f"layers/{module.replace('.', '/')}"
 
 
-def check_table(path: Path) -> None:
-    """Refuse, before anything is computed, a table that could not be written."""
-    if path.suffix not in TABLES:
-        raise ValueError(f"{path}: end it in {' or '.join(TABLES)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent} to write it in")
-    if path.suffix == ".parquet":
-        _pyarrow(path)
-
-
-def write_table(hits: Hits, path: str | os.PathLike[str]) -> None:
-    """Hits as Parquet or CSV, by the name's end; the score, the row, its key and its text."""
-    path = Path(path)
-    check_table(path)
-    columns = hits.columns()
-    with written_whole(path) as file:
-        if path.suffix == ".parquet":
-            arrow = _pyarrow(path)
-            arrow.parquet.write_table(arrow.table(columns), file)
-            return
-        lines = _Lines(file.write)
-        writer = csv.writer(lines)
-        writer.writerow(columns)
-        plain = (np.asarray(column).tolist() for column in columns.values())
-        writer.writerows(zip(*plain, strict=True))
-
-
-class _Lines:
-    """What `csv` writes to, over a file of bytes."""
-
-    def __init__(self, write: Callable[[bytes], Any]) -> None:
-        self._write = write
-
-    def write(self, line: str) -> None:
-        self._write(line.encode())
-
-
-def _pyarrow(path: Path) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise RuntimeError(
-            f"{path}: Parquet is written by pyarrow, which is not installed: "
-            "pip install 'pythia-jax[parquet]', or name a .csv"
-        ) from None
-    return pyarrow
-
-
 def encoded(index: Index, text: str, completion: str | None) -> tuple[NDArray[np.int32], int]:
     """A query's tokens, and the first whose loss counts."""
     tokenizer = saved_tokenizer(index)
@@ -428,6 +436,5 @@ def encoded(index: Index, text: str, completion: str | None) -> tuple[NDArray[np
 
 
 def _source(index: Index) -> str:
-    step = index.settings["step"]
     source = index.provenance["computed"]["source"] or "a model in memory"
-    return source if step is None else f"{source} (step {step})"
+    return at_step(source, index.settings["step"])

@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from pythia_jax import data, sharding
 from pythia_jax.bridge.run_in import is_run_folder
@@ -51,26 +49,28 @@ def resumed(
     step: int,
     *,
     steps: int = 1,
-    states: int = 1,
     optimizer_state: str = "checkpoint",
     revision: str | None = None,
     show_progress: bool = True,
 ) -> Iterator[Resumed]:
     """The run of `config` at checkpoint `step` of `model`, inside of its mesh.
 
+        with resumed("runs/small", config, 3000) as run:
+            metagradient(run.state, run.batches, query_loss, steps=20, config=run.config)
+
     model: a run folder, or whatever `pj.load` takes. steps: how many are to be trained from there.
-    states: how many train states will exist at once. optimizer_state: as in `initialize_from`:
-    `checkpoint`, `rebuild:K` or `zero`. revision: of a model on the hub.
+    optimizer_state: as in `initialize_from`: `checkpoint`, `rebuild:K` or `zero`. revision: of a
+    model on the hub.
 
     Raises ConfigError for steps that the run does not have and a model that has no such state,
     FileNotFoundError where there is no such model, checkpoint or data, and MemoryError with the
-    numbers where the states do not fit.
+    numbers where the state does not fit.
     """
     last = config.training.steps
     if not 0 <= step < step + steps <= last:
+        asked = f"step {step} is" if steps == 1 else f"steps {step} to {step + steps - 1} are"
         raise ConfigError(
-            f"{steps} steps from checkpoint {step} are no part of the run, which goes from step 0 "
-            f"to {last} (training.steps)"
+            f"{asked} no part of the run, which has {last} steps (training.steps), from 0 on"
         )
     source = InitializeConfig(
         model=model, revision=revision, step=step, optimizer_state=optimizer_state
@@ -86,7 +86,7 @@ def resumed(
     filled = on_devices(filled, mesh)
     keep_compiled()
     batches = GlobalBatches(data.batches(filled, "train"), mesh)
-    _check_memory(filled, mesh, states)
+    preflight.check_memory("a train state of this model", (1, abstract_state(filled, mesh)))
     with jax.set_mesh(mesh):
         yield Resumed(filled, initial(filled, mesh), batches, step, model)
 
@@ -122,30 +122,3 @@ def told(step: int, differing: list[str] | None) -> str:
         f"NOT the run's own checkpoint {step} to the bit ({', '.join(differing[:2])}{more} "
         "differ): other devices, another version of JAX or other settings round otherwise"
     )
-
-
-def _check_memory(config: RunConfig, mesh: Mesh, states: int) -> None:
-    """Refuse what cannot fit, with the numbers. Training's own memory is not counted."""
-
-    def share(x: Any) -> int:
-        shape = x.sharding.shard_shape(x.shape)
-        size = x.dtype.itemsize
-        for width in shape:
-            size *= width
-        return size
-
-    wanted = states * sum(share(x) for x in jax.tree.leaves(abstract_state(config, mesh)))
-    devices = jax.local_devices()
-    if devices[0].platform == "cpu":
-        free = preflight.host_memory()
-        wanted *= len(devices)
-    else:
-        stats = [device.memory_stats() or {} for device in devices]
-        known = [s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats if "bytes_limit" in s]
-        free = min(known, default=None)
-    if free is not None and wanted > free:
-        what = f"{states} train states" if states > 1 else "a train state"
-        raise MemoryError(
-            f"{what} of this model take {preflight.in_bytes(wanted)} and "
-            f"{preflight.in_bytes(free)} are free; cut the model over more devices (mesh.fsdp)"
-        )

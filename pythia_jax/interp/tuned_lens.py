@@ -29,7 +29,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from pythia_jax import sharding
 from pythia_jax.bridge.torch_files import TorchTensor, open_torch
 from pythia_jax.configs import ModelConfig, Runtime
-from pythia_jax.interp import lenses, tensor_files
+from pythia_jax.interp import lenses, preflight, tensor_files, training_rows
 from pythia_jax.interp.lenses import Chunks, TunedLens
 from pythia_jax.model.gptneox import AnyArray, check_tokens, layer_norm
 from pythia_jax.model.parameters import Params
@@ -37,8 +37,6 @@ from pythia_jax.model.parameters import Params
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-3
 CLIP = 1.0
-TOKENS = 2**14
-"""Tokens whose streams are held together on each device, about; on a CPU an eighth of it."""
 KIND = "pythia_jax tuned lens"
 _AXES = ("layers", "hidden", "stream"), ("layers", "stream")
 """Logical axes of kernel and bias."""
@@ -70,7 +68,8 @@ def fit(
     of a batch, computed together; None goes by tokens.
 
     Raises ValueError for a batch that does not fit, for fewer of them than `steps`, and for a
-    divergence that is not finite, naming the update, the row and the layer.
+    divergence that is not finite, naming the update, the row and the layer; MemoryError with the
+    numbers, before the first update, for rows that do not fit.
     """
     steps = _count(batches) if steps is None else steps
     if steps < 1 or not (math.isfinite(learning_rate) and learning_rate > 0):
@@ -89,6 +88,8 @@ def fit(
             check_tokens(tokens, config)
             if tokens.shape != (shape or tokens.shape):
                 raise ValueError(f"batch {made - 1} is of shape {tokens.shape}, and others {shape}")
+            if made == 1:
+                _check_room(lens, params, tokens.shape, config, rows, runtime)
             shape = tokens.shape
             gradient, kl = _gradient(lens, params, np.asarray(tokens), config, rows, runtime)
             _refuse_nan(made - 1, kl)
@@ -117,21 +118,6 @@ def apply(
     Raises ValueError as `logit_lens` does, and for a tuned lens of another shape of model.
     """
     return lenses.read(params, tokens, config, lens, layers, top, runtime)
-
-
-def rows_together(shape: tuple[int, ...], rows: int | None) -> int:
-    """How many rows of a batch `[batch, seq]` are computed together, of those on all devices.
-
-    Raises ValueError for `rows` that the ambient mesh cannot cut.
-    """
-    mesh, cuts = sharding.current(), 1
-    if mesh is not None:
-        cuts = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
-    held = TOKENS // 8 if jax.default_backend() == "cpu" else TOKENS
-    together = rows or min(max(1, held // shape[1]), -(-shape[0] // cuts)) * cuts
-    if together < 1 or together % cuts:
-        raise ValueError(f"rows {together}: they are cut over {cuts} devices; give a multiple")
-    return together
 
 
 def save(
@@ -179,6 +165,30 @@ def _count(batches: Iterable[Any]) -> int:
         raise ValueError("batches have no length: say how many with steps=") from None
 
 
+def _check_room(
+    lens: TunedLens,
+    params: Params,
+    shape: tuple[int, ...],
+    config: ModelConfig,
+    rows: int | None,
+    runtime: Runtime,
+) -> None:
+    """Refuse rows together that do not fit, with the lens's gradient and the sum of these."""
+    together = training_rows.together(rows, *shape)
+
+    def part() -> Any:
+        tokens, weights = np.zeros((together, shape[1]), np.int32), np.zeros(together, np.float32)
+        given = map(sharding.place_rows, (tokens, weights))
+        return _part.lower(lens, params, *given, config, runtime).compile()
+
+    preflight.check_memory(
+        f"fitting a lens to {together} rows at a time",
+        (1, lens),
+        program=part,
+        advice="take fewer together (--batch), or cut the model over more devices (--fsdp)",
+    )
+
+
 @jax.jit
 def _begin(lens: TunedLens) -> tuple[TunedLens, Any]:
     return _placed(lens), jax.vmap(_optimizer().init)(_placed(lens))
@@ -217,14 +227,15 @@ def _gradient(
 ) -> tuple[TunedLens, Float[NDArray, "layers batch"]]:
     """The gradient of the mean over tokens, and the mean of each layer and row; in parts."""
     batch, seq = tokens.shape
-    together = rows_together(tokens.shape, rows)
+    together = training_rows.together(rows, batch, seq)
     total, found = None, []
     for first in range(0, batch, together):
         own = tokens[first : first + together]
         weights = np.zeros(together, np.float32)
         weights[: len(own)] = 1 / (batch * seq)
         filled = np.resize(own, (together, seq))
-        gradient, kl = _part(lens, params, *map(_on_mesh, (filled, weights)), config, runtime)
+        placed = map(sharding.place_rows, (filled, weights))
+        gradient, kl = _part(lens, params, *placed, config, runtime)
         total = gradient if total is None else _sum(total, gradient)
         found.append((kl, len(own)))
     assert total is not None
@@ -279,13 +290,6 @@ def _part(
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0][1]))
     (gradient, kl), _ = jax.lax.scan(step, zeros, xs)
     return _placed(gradient), kl / tokens.shape[1]
-
-
-def _on_mesh(array: NDArray) -> jax.Array:
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        return jnp.asarray(array)
-    return jax.device_put(array, sharding.sharding(mesh, ("batch", "seq")[: array.ndim]))
 
 
 def _refuse_nan(number: int, kl: Float[NDArray, "layers batch"]) -> None:

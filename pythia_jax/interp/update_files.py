@@ -10,7 +10,7 @@ import numpy as np
 
 import pythia_jax
 from pythia_jax.files import write_whole
-from pythia_jax.interp.counterfactual_files import write_csv
+from pythia_jax.interp.tables import write_csv
 from pythia_jax.interp.updates import PARTS, Update
 from pythia_jax.model.parameters import TABLE
 

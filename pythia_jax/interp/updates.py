@@ -11,7 +11,6 @@ left is `rounding`: parameters are float32, and so is their sum with the change.
 """
 
 import logging
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -102,28 +101,36 @@ class Update:
 
 
 def update(
-    config: RunConfig,
     state: TrainState,
     tokens: Int[AnyArray, "batch seq+1"],
+    config: RunConfig,
     *,
     rows: int | None = None,
     show_progress: bool = False,
 ) -> Update:
     """Make one train step on a batch, and take it apart.
 
-    config: the run's. state: of a checkpoint; it is left as it is. tokens: the batch that the step
-    takes. rows: only so many of its rows, evenly spread, are looked at one by one; None is all.
+    state: of a checkpoint (`resumed` has it); it is left as it is. tokens: the batch that the step
+    takes. config: the run's. rows: only so many of the batch's rows, evenly spread, are looked at
+    one by one; None is all.
 
     A row's gradient is formed whole, a few rows at a time; all of them take about as long as two
     steps of training. Of a run in float16 they are computed in float32, since unscaled they would
     vanish. On the mesh around us if there is one.
 
-    Raises ValueError for a step that made no update, and a row whose gradient is not finite.
+    Raises ValueError for a step that made no update, and a row whose gradient is not finite, and
+    MemoryError with the numbers for what does not fit.
     """
     batch, tokens = tokens.shape[0], jnp.asarray(tokens)
     if rows is not None and rows < 1:
         raise ValueError(f"rows {rows}: at least 1 is wanted")
     step = int(state.step)
+    preflight.check_memory(
+        "the state after a step, and what it changed,",
+        (1, state),
+        (1, state.params),
+        program=lambda: jitted_train_step.lower(state, tokens, config=config).compile(),
+    )
     # By the program that training runs: another may round otherwise.
     after, metrics = jitted_train_step(jax.tree.map(jnp.copy, state), tokens, config=config)
     if not bool(metrics["updated"]):
@@ -177,13 +184,12 @@ def update_of(
         model,
         config,
         step,
-        states=3,  # before, after, and the parts of the difference
         optimizer_state=optimizer_state,
         revision=revision,
         show_progress=show_progress,
     ) as run:
         found = update(
-            run.config, run.state, run.batches[step], rows=rows, show_progress=show_progress
+            run.state, run.batches[step], run.config, rows=rows, show_progress=show_progress
         )
         return found, differences(model, step + 1, found.after)
 
@@ -283,15 +289,14 @@ def _by_row(
     show_progress: bool,
 ) -> dict[str, Any]:
     """Of each row chosen: losses, and norms and dots of its part of the unclipped gradient."""
-    parts, mesh = 1, sharding.current()
-    if mesh is not None:
-        parts = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
+    parts = sharding.parts_of_rows()
     program, together = _compiled(params, after, change, tokens, len(chosen), parts, config)
     found = []
     with tqdm(
         total=len(chosen), desc="rows", unit="row", disable=not show_progress or not is_first()
     ) as bar:
-        for first in range(0, len(chosen), together):
+        firsts = range(0, len(chosen), together)
+        for first in preflight.timed(firsts, len(firsts), "the rows that are left"):
             numbers = chosen[first : first + together]
             filled = np.resize(numbers, together).astype(np.int32)
             count = len(numbers)

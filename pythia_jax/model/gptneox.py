@@ -132,6 +132,8 @@ def check_tokens(tokens: AnyArray, config: ModelConfig) -> None:
 
     Inside `jax.jit` the ids are not known yet; there, a wrong one is embedded as NaN.
     """
+    if not isinstance(tokens, np.ndarray | jax.Array):
+        raise ValueError(f"tokens are a {type(tokens).__name__}: an array is wanted (np.array)")
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
             f"tokens of shape {tokens.shape} and dtype {tokens.dtype}: whole numbers, "
@@ -144,6 +146,14 @@ def check_tokens(tokens: AnyArray, config: ModelConfig) -> None:
     wrong = ids[(ids < 0) | (ids >= config.vocab_size)]
     if wrong.size:
         raise ValueError(f"token {wrong[0]} is not in the vocabulary of {config.vocab_size}")
+
+
+def check_rows(tokens: AnyArray, config: ModelConfig) -> None:
+    """Refuse what are not `[batch, seq + 1]` token ids, of which a loss has inputs and targets."""
+    shape = np.shape(tokens)
+    if len(shape) != 2 or shape[1] < 2:
+        raise ValueError(f"tokens of shape {shape}: a loss wants [batch, seq + 1]")
+    check_tokens(tokens, config)
 
 
 def embed(params: Params, tokens: Int[AnyArray, "*rows"]) -> Float[Array, "*rows hidden"]:

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.model.attention import exact
-from pythia_jax.model.gptneox import AnyArray, check_tokens, hidden_states
+from pythia_jax.model.gptneox import AnyArray, check_rows, hidden_states
 from pythia_jax.model.parameters import Params
 from pythia_jax.model.sinks import Units, projected
 from pythia_jax.model.sites import Edits, Taps
@@ -85,9 +85,7 @@ def _inputs(
     edits: Edits | None,
     runtime: Runtime,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    if tokens.ndim != 2 or tokens.shape[1] < 2:
-        raise ValueError(f"tokens of shape {tokens.shape}: the loss wants [batch, seq + 1]")
-    check_tokens(tokens, config)
+    check_rows(tokens, config)
     hidden, _ = hidden_states(
         params, tokens[:, :-1], config, taps=taps, edits=edits, runtime=runtime
     )

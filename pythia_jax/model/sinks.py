@@ -72,6 +72,20 @@ class Units:
             return sums("...si,...so->...io", inputs, cotangents)
         return sums("...su,...si,...so->...uio", self._member(slots, inputs), inputs, cotangents)
 
+    def projections(
+        self,
+        inputs: Float[Array, "*rows seq in"],
+        cotangents: Float[Array, "*rows seq out"],
+        sides: Mapping[str, Any],
+        slots: Int[Array, "*rows seq"] | None = None,
+    ) -> Float[Array, "*units p p"]:
+        """P_L G P_Rᵀ, G `[out, in]` a kernel's gradient, by unit, at least float32.
+
+        sides: `left [out, p]` and `right [in, p]`. No G is formed.
+        """
+        left, right = projected(cotangents, sides["left"]), projected(inputs, sides["right"])
+        return self.products(left, right, slots)
+
     def sums(
         self,
         cotangents: Float[Array, "*rows seq out"],

@@ -246,7 +246,7 @@ def _compiled(made: Plan, config: RunConfig, mesh: Mesh, state: TrainState) -> P
             raise
         return dataclasses.replace(made, refusal=refusal)
     stats = compiled.memory_analysis()
-    rows = config.training.batch_size // math.prod(mesh.shape[axis] for axis in sharding.ROWS)
+    rows = config.training.batch_size // sharding.parts_of_rows(mesh)
     memory = Memory(
         arguments=stats.argument_size_in_bytes,
         batch=rows * (config.data.sequence_length + 1) * jnp.dtype(jnp.int32).itemsize,
