@@ -2,9 +2,12 @@
 
 import dataclasses
 import hashlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import jax
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ import pythia_jax as pj
 from pythia_jax import configs, data
 from pythia_jax.bridge import neox_config
 from pythia_jax.bridge.model import Model
+from pythia_jax.cli import main
 from pythia_jax.cli.bridge import tell
 from pythia_jax.data.dump import dump
 
@@ -270,6 +274,74 @@ def test_a_dump_broken_off_half_way_leaves_nothing(config: Path, tmp_path: Path)
 def test_bad_input_is_one_clear_line(config: Path, arguments: list[str], message: str) -> None:
     output = refused(*[str(config) if a == "CONFIG" else a for a in arguments])
     assert message in output
+
+
+def commands(group: click.Group = main, *above: str) -> Iterator[tuple[str, ...]]:
+    """Words that call each of the commands."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, *above, name)
+        else:
+            yield *above, name
+
+
+def command_of(words: tuple[str, ...]) -> click.Command:
+    command: Any = main
+    for word in words:
+        command = command.commands[word]
+    return command
+
+
+def having(name: str, kind: type[click.Parameter]) -> list[tuple[str, ...]]:
+    """Those that take such an option or argument."""
+    return [
+        words
+        for words in commands()
+        if any(isinstance(p, kind) and p.name == name for p in command_of(words).params)
+    ]
+
+
+def test_the_table_of_commands_has_each_with_its_own_flags_and_all_that_must_be_given() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "commands.md").read_text(encoding="utf-8")
+    known, found = set(commands()), set()
+    for line in text.partition("\n## ")[0].splitlines():
+        above: tuple[str, ...] = ()
+        for typed in re.findall("`(.+?)`", line.split(" | ")[0] if line[:3] == "| `" else ""):
+            # `term-frequency count …`, and then `plot …` of the same group.
+            full = [(*above, *typed.split()), tuple(typed.split())]
+            words = next((w for each in full for w in known if each[: len(w)] == w), None)
+            if words is None:
+                continue  # further flags, or what `evaluate` hands on
+            found.add(words)
+            above = words[:-1]
+            options = [p for p in command_of(words).params if isinstance(p, click.Option)]
+            flags = set(re.findall("--[a-z-]+", typed))
+            assert flags <= {name for option in options for name in option.opts}, typed
+            missing = [o.opts for o in options if o.required and not flags & set(o.opts)]
+            assert not missing or typed.endswith("…"), (typed, missing)
+    assert found == known
+
+
+STEPS = {
+    words
+    for words in having("steps", click.Option)
+    if words[0] not in ("attribute", "counterfactual")
+}
+"""Those to which steps are A:B; the other two take a number."""
+
+
+@pytest.mark.parametrize("words", sorted(STEPS), ids="-".join)
+def test_a_range_of_steps_is_two_numbers_to_every_command(words: tuple[str, ...]) -> None:
+    for steps in ("7", "1:2:3", "a:b", ":3"):
+        told = refused(*words, "MODEL", "--steps", steps)
+        assert f"Invalid value for '--steps': {steps!r}: two numbers, as 2990:3000" in told
+
+
+def test_no_command_takes_a_flag_for_its_model() -> None:
+    for words in having("model", click.Argument):
+        told = refused(*words, "--data.seed", 1, "MODEL")
+        # Where dotted flags are taken, click cannot know them from a MODEL.
+        assert "MODEL comes before its flags" in told or "No such option" in told, words
 
 
 def test_an_interrupt_is_one_line_and_its_own_exit_status(

@@ -1,12 +1,8 @@
 """Scores are those of the plain forward pass, whatever is shared, packed, cut or replaced."""
 
 import functools
-import json
 import logging
-import os
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from on_a_mesh import on_eight_devices
 from small_models import CONFIG, random_model
 
 import pythia_jax as pj
@@ -199,12 +196,7 @@ def test_meshes_of_eight_devices_score_as_one_device_does(tmp_path):
     params = jax.device_get(model.params)
     given.write_bytes(pickle.dumps((params, model.config, requests, prompts)))
     script = Path(__file__).with_name("scored_on_a_mesh.py")
-    done = subprocess.run(
-        [sys.executable, script, given], capture_output=True, text=True, check=False,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(script.parents[2])},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout)
+    report = on_eight_devices(script, given)
     assert list(report) == ["fsdp 8", "data 2, fsdp 2, tensor 2"]
     for mesh, (found, made, compiled) in report.items():
         for (score, greedy), (reference, flag) in zip(found, scores, strict=True):

@@ -436,7 +436,8 @@ def test_known_faults_of_revisions_are_told_and_kept(
 def test_one_checkpoint_is_no_sweep(home: Path, tmp_path: Path) -> None:
     pj.save_hf(pj.load(home / "tiny"), tmp_path / "hf")
     message = refused("sweep", tmp_path / "hf", "--tasks", "animals", "--out", tmp_path / "out")
-    assert "holds one checkpoint" in message and "pythia-jax evaluate" in message
+    assert "holds one checkpoint, and many are gone through here: give a run folder" in message
+    assert message == refused("audit", tmp_path / "hf")
     message = refused("sweep", tmp_path / "nothing", "--tasks", "sciq", "--out", tmp_path / "out")
     assert "there is no such folder" in message
 

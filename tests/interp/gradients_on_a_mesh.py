@@ -1,7 +1,7 @@
 """Per-example gradients on eight devices beside those on one; `test_gradients.py` runs this in a
 process of its own, since the number of devices is fixed when JAX starts.
 
-Its argument says of which cases: `rows` or `units`. Prints one JSON object: case → [largest
+Its argument says of which cases: `float64` or `others`. Prints one JSON object: case → [largest
 relative L2 distance of a parameter's gradients; whether they come out cut by rows].
 """
 
@@ -11,7 +11,7 @@ import sys
 
 import jax
 import numpy as np
-from reference import distance, random_params, random_tokens
+from random_inputs import distance, random_params, random_tokens
 
 from pythia_jax import sharding
 from pythia_jax.configs import MeshConfig, ModelConfig, Runtime
@@ -23,11 +23,9 @@ CONFIG = ModelConfig(32, 2, 4, vocab_size=64, max_position_embeddings=32)
 TOKENS = random_tokens(CONFIG, 8, 11)
 DOCUMENTS = np.sort(np.random.default_rng(0).integers(-1, 2, TOKENS.shape), axis=1)
 EVERY = {"projection": Projection(4), "parameters": ["layers/*", "embed_*"]}
-ROWS = {
+FLOAT64 = {"rows, float64": (per_example_gradients, {})}
+OTHERS = {
     "rows": (per_example_gradients, {}),
-    "rows, float64": (per_example_gradients, {}),
-}
-UNITS = {
     "norms of documents by loss": (
         gradient_norms,
         {"unit": "document", "documents": DOCUMENTS},
@@ -60,7 +58,7 @@ def compared(function, how, dtype):
 
 def main():
     report = {}
-    for name, (function, how) in {"rows": ROWS, "units": UNITS}[sys.argv[1]].items():
+    for name, (function, how) in {"float64": FLOAT64, "others": OTHERS}[sys.argv[1]].items():
         wide = "float64" in name
         with jax.enable_x64(wide):
             report[name] = compared(function, how, np.float64 if wide else np.float32)

@@ -4,21 +4,18 @@ process of its own, since the number of devices is fixed when JAX starts.
 Prints one JSON object: function → norm of the difference over the norm.
 """
 
-import json
 from dataclasses import replace
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from reference import TINY, distance, random_params, random_tokens
+from on_a_mesh import placed, print_distances
+from random_inputs import TINY, random_params, random_tokens
 
-from pythia_jax import sharding
-from pythia_jax.configs import MeshConfig
 from pythia_jax.interp.factor_sums import covariances, summed
 from pythia_jax.interp.factors import fit_factors
 from pythia_jax.interp.influence import scores, token_scores
 from pythia_jax.interp.preconditioning import precondition
-from pythia_jax.model.parameters import map_parameters
 
 CONFIG = replace(TINY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
 MODULES = ("layers/attention/dense",)
@@ -27,10 +24,7 @@ MODULES = ("layers/attention/dense",)
 def results() -> dict[str, np.ndarray]:
     """Of parameters that lie on the ambient mesh as in training."""
     mesh = jax.sharding.get_mesh()
-    params = map_parameters(
-        lambda parameter, value: jax.device_put(value, sharding.sharding(mesh, parameter.axes)),
-        random_params(CONFIG, dtype=np.float64),
-    )
+    params = placed(random_params(CONFIG, dtype=np.float64))
     rows = random_tokens(CONFIG, 4, 8)
     rng = np.random.default_rng(0)
     every = jax.tree.map(lambda x: rng.standard_normal((2, *x.shape)), params)
@@ -52,13 +46,5 @@ def results() -> dict[str, np.ndarray]:
     return {name: np.asarray(array) for name, array in found.items()}
 
 
-def main() -> None:
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
-        one = results()
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        eight = results()
-    print(json.dumps({name: distance(eight[name], one[name]) for name in one}))
-
-
 if __name__ == "__main__":
-    main()
+    print_distances(results)

@@ -4,18 +4,16 @@ own, since the number of devices is fixed when JAX starts.
 In float64. Prints one JSON object: function → norm of the difference over the norm.
 """
 
-import json
 from dataclasses import replace
 
 import jax
 import numpy as np
-from reference import TINY, distance, random_params, random_tokens
+from on_a_mesh import placed, print_distances
+from random_inputs import TINY, random_params, random_tokens
 
-from pythia_jax import sharding
-from pythia_jax.configs import MeshConfig, Runtime
+from pythia_jax.configs import Runtime
 from pythia_jax.interp import tuned_lens
 from pythia_jax.interp.lenses import TunedLens, lens_losses, logit_lens
-from pythia_jax.model.parameters import map_parameters
 
 CONFIG = replace(TINY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
 RUNTIME = Runtime(loss_chunk=8)
@@ -23,11 +21,7 @@ RUNTIME = Runtime(loss_chunk=8)
 
 def results() -> dict[str, jax.typing.ArrayLike]:
     """Of parameters that lie on the ambient mesh as in training."""
-    mesh = jax.sharding.get_mesh()
-    params = map_parameters(
-        lambda parameter, value: jax.device_put(value, sharding.sharding(mesh, parameter.axes)),
-        random_params(CONFIG, dtype=np.float64),
-    )
+    params = placed(random_params(CONFIG, dtype=np.float64))
     batches = [random_tokens(CONFIG, 6, 8, seed) for seed in (1, 2)]
     lens = tuned_lens.fit(
         params, batches, CONFIG, rows=4, show_progress=False, start=_some(), runtime=RUNTIME
@@ -50,13 +44,5 @@ def _some() -> TunedLens:
     return TunedLens(0.02 * rng.standard_normal((2, 32, 32)), rng.standard_normal((2, 32)))
 
 
-def main() -> None:
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
-        one = results()
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        eight = results()
-    print(json.dumps({name: distance(eight[name], one[name]) for name in one}))
-
-
 if __name__ == "__main__":
-    main()
+    print_distances(results)

@@ -6,22 +6,20 @@ JAX starts.
 In float64. Prints one JSON object: function → norm of the difference over the norm.
 """
 
-import json
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
-from reference import TINY, distance, random_params, random_tokens
+from on_a_mesh import placed, print_distances
+from random_inputs import TINY, random_params, random_tokens
 
-from pythia_jax import configs, sharding
-from pythia_jax.configs import MeshConfig, Runtime
+from pythia_jax import configs
+from pythia_jax.configs import Runtime
 from pythia_jax.interp.curvature import fisher_diagonal, ggn_vp, hessian_top_eigenvalues, hvp
 from pythia_jax.interp.metagradients import metagradient
 from pythia_jax.model.loss import loss
-from pythia_jax.model.parameters import map_parameters
 from pythia_jax.training.step import init_state
 
 MODEL = replace(TINY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
@@ -33,17 +31,9 @@ RUN = configs.RunConfig(
 RUNTIME = Runtime(dtype="float64")
 
 
-def on_mesh(params: Any) -> Any:
-    mesh = jax.sharding.get_mesh()
-    return map_parameters(
-        lambda parameter, value: jax.device_put(value, sharding.sharding(mesh, parameter.axes)),
-        params,
-    )
-
-
 def results() -> dict[str, Any]:
     """Of parameters that lie on the ambient mesh as in training."""
-    params, vector = (on_mesh(random_params(MODEL, seed, np.float64)) for seed in (0, 1))
+    params, vector = (placed(random_params(MODEL, seed, np.float64)) for seed in (0, 1))
     tokens = random_tokens(MODEL, 4, 9)
     state = init_state(RUN)
     clip, adam, *rest = state.opt_state
@@ -55,7 +45,7 @@ def results() -> dict[str, Any]:
         state,
         steps,
         lambda params: loss(params, tokens, MODEL, runtime=RUNTIME),
-        2,
+        steps=2,
         config=RUN,
         runtime=RUNTIME,
     )
@@ -71,17 +61,5 @@ def results() -> dict[str, Any]:
     }
 
 
-def flat(tree: Any) -> np.ndarray:
-    return np.asarray(ravel_pytree(jax.device_get(tree))[0])
-
-
-def main() -> None:
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
-        one = results()
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        eight = results()
-    print(json.dumps({name: distance(flat(eight[name]), flat(one[name])) for name in one}))
-
-
 if __name__ == "__main__":
-    main()
+    print_distances(results)

@@ -10,6 +10,13 @@ import torch
 from reference import TINY, HFSites, distance, hf_model, random_params, random_tokens
 
 import pythia_jax as pj
+from pythia_jax.interp import (
+    Node,
+    activation_patching,
+    attribution_patching,
+    gradient_noise_scale,
+    integrated_gradients,
+)
 from pythia_jax.interp import activations as values_at
 from pythia_jax.interp.activations import (
     activation_gradients,
@@ -157,6 +164,17 @@ def test_bad_input_is_one_clear_error():
         run(metric=lambda logits, tokens: logits[..., 0])
     with pytest.raises(ValueError, match="token 61 is not in the vocabulary"):
         run(tokens=np.full_like(TOKENS, 61))
+    lists = TOKENS.tolist()
+    for call in (
+        lambda: run(tokens=lists),
+        lambda: values_at(PARAMS, lists, CONFIG, ["embed"]),
+        lambda: activation_patching(PARAMS, lists, lists, CONFIG, METRIC, [Node("mlp_out", 0)]),
+        lambda: attribution_patching(PARAMS, TOKENS, lists, CONFIG, METRIC),
+        lambda: integrated_gradients(PARAMS, lists, CONFIG, METRIC),
+        lambda: gradient_noise_scale(PARAMS, lists, CONFIG),
+    ):
+        with pytest.raises(ValueError, match="tokens are a list: an array is wanted"):
+            call()
     with pytest.raises(ValueError, match="answer: -1 is not a token id"):
         answer_log_probability(-1)
     with pytest.raises(ValueError, match="position: a whole number"):

@@ -1,9 +1,5 @@
 """Attribution patching: exact to first order, each of its variants as defined, edges add up."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from on_a_mesh import on_eight_devices
 from reference import TINY, HFSites, distance, hf_model, random_params, random_tokens
 
 import pythia_jax as pj
@@ -341,13 +338,5 @@ def test_bad_input_is_one_clear_error():
 @pytest.mark.slow
 def test_eight_devices_find_what_one_does():
     script = Path(__file__).with_name("attributed_on_a_mesh.py")
-    path = os.pathsep.join(map(str, [Path(__file__).parents[1], Path(__file__).parents[2]]))
-    done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, check=False,
-        env={
-            **os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_ENABLE_X64": "1", "PYTHONPATH": path
-        },
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = on_eight_devices(script, x64=True)
     assert max(found.values()) <= 1e-10, found

@@ -333,6 +333,8 @@ def test_what_cannot_be_audited_is_refused(
 ) -> None:
     assert "written as .json or .csv" in refused("audit", trained, "--out", tmp_path / "found.txt")
     assert "there is no folder" in refused("audit", trained, "--out", tmp_path / "no" / "f.csv")
+    absent = tmp_path / "no" / "model"
+    assert f"{absent}: there is no such folder" in refused("audit", absent)
     assert "'main' of 'main' is no step" in refused("audit", trained, "--revisions", "main")
     with pytest.raises(ValueError, match="give config="):
         audit([(0, weights[0])], show_progress=False)

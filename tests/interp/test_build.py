@@ -28,6 +28,7 @@ from pythia_jax.interp import index_writer, preflight
 from pythia_jax.interp.build import build_index, build_index_of
 from pythia_jax.interp.index import open_index
 from pythia_jax.interp.projection import Projection, rademacher
+from pythia_jax.interp.result_folder import alone
 from pythia_jax.model.parameters import items, map_parameters
 
 CLOSE = 1e-5
@@ -204,7 +205,7 @@ def test_a_finished_index_is_not_built_again(config, index, caplog):
     ],
 )
 def test_another_index_in_the_same_folder_is_refused(config, index, changes, told):
-    with pytest.raises(FileExistsError, match=f"another index: {told}"):
+    with pytest.raises(FileExistsError, match=f"another gradient index: {told}"):
         index_cases.build(config, index.folder, **changes)
 
 
@@ -238,7 +239,7 @@ def test_another_number_of_rows_together_is_refused_on_the_way(config, index, tm
         ({"unit": "token"}, "unit 'token': choose sequence or document"),
         ({"precision": "int8"}, "precision 'int8': choose from float32, bfloat16, float16"),
         ({"rows": 0}, "rows 0"),
-        ({"batch": 0}, "batch 0"),
+        ({"batch": 0}, "0 rows together"),
     ],
 )
 def test_bad_arguments_are_refused_and_leave_nothing(config, tmp_path, how, message):
@@ -260,8 +261,8 @@ def test_steps_and_models_that_do_not_fit_the_run_are_refused(config, tmp_path):
 
 def test_two_builds_of_one_index_at_a_time_are_refused(config, tmp_path):
     with (
-        index_writer.alone(tmp_path / "index", 0),
-        pytest.raises(RuntimeError, match="another process is building this index"),
+        alone(tmp_path / "index"),
+        pytest.raises(RuntimeError, match="another process is writing there"),
     ):
         index_cases.build(config, tmp_path / "index")
     assert not list(tmp_path.iterdir())
@@ -284,7 +285,7 @@ def test_what_does_not_fit_memory_is_made_smaller_or_refused(config, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_a_gradient_that_is_no_number_names_its_row(config, tmp_path):
+def test_a_gradient_that_is_no_number_names_its_row_and_module(config, tmp_path):
     # One token of one slot of step 4 becomes NaN, and everything after it in its row.
     model = index_cases.model()
     served = batches(config)
@@ -296,23 +297,30 @@ def test_a_gradient_that_is_no_number_names_its_row(config, tmp_path):
     embedding = model.params["embed_in"]["embedding"].at[token].set(jnp.nan)
     params = {**model.params, "embed_in": {"embedding": embedding}}
     bad = dataclasses.replace(model, params=params)
-    with pytest.raises(ValueError, match=rf"step 4, slot {slot}, .* is no finite number"):
+    where = rf"step 4, slot {slot}, .*, in layers\.0\.attention\.query_key_value and 7 more, is no"
+    with pytest.raises(ValueError, match=where):
         index_cases.build(config, tmp_path / "index", model=bad)
     told = (tmp_path / "index.building" / "progress-0.json").read_text()
     assert json.loads(told) == {"chunks": 2}
 
 
-@pytest.mark.parametrize(("factor", "message"), [(1e-9, "is all zeros in"), (1e7, "is too large")])
-def test_a_gradient_that_float16_cannot_hold_names_its_row(config, tmp_path, factor, message):
+@pytest.mark.parametrize(
+    ("scaled", "factor", "message"),
+    [
+        # Of each layer one module alone.
+        ("layers/mlp/dense_4h_to_h/kernel", 1e-10, r"h_to_4h and 1 more, is all zeros in"),
+        ("embed_out/kernel", 1e7, r"query_key_value and \d more, is too large for"),
+    ],
+)
+def test_a_gradient_that_float16_cannot_hold_names_its_row_and_module(
+    config, tmp_path, scaled, factor, message
+):
+    def changed(parameter, value):
+        return value * factor if parameter.path == scaled else value
+
     model = index_cases.model()
-    small = dataclasses.replace(
-        model,
-        params=map_parameters(
-            lambda p, value: value * factor if p.path == "embed_out/kernel" else value,
-            model.params,
-        ),
-    )
-    with pytest.raises(ValueError, match=f"step 2, slot 0, .* {message}"):
+    small = dataclasses.replace(model, params=map_parameters(changed, model.params))
+    with pytest.raises(ValueError, match=f"step 2, slot 0, .*, in .*{message} float16"):
         index_cases.build(config, tmp_path / "index", model=small, precision="float16", batch=1)
 
 

@@ -21,9 +21,10 @@ from pythia_jax import data
 from pythia_jax.cli import main
 from pythia_jax.cli.counterfactual import counterfactual as command
 from pythia_jax.configs import RunConfig
+from pythia_jax.interp import metagradients, preflight
 from pythia_jax.interp.counterfactual_files import read_weights
 from pythia_jax.interp.counterfactuals import Counterfactual, counterfactual, counterfactual_of
-from pythia_jax.interp.evaluation_rows import EvaluationRows, evaluation_rows
+from pythia_jax.interp.evaluation_rows import EvaluationRows, evaluation_rows, text_row
 from pythia_jax.interp.resuming import differences, resumed
 from pythia_jax.training.step import TrainState, init_state, jitted_train_step
 from pythia_jax.training.telemetry import read_metrics
@@ -96,12 +97,36 @@ def test_weights_of_1_change_nothing(base) -> None:
     with resumed(folder_of(base), base, START, steps=3, show_progress=False) as run:
         kept = np.asarray(run.state.params["embed_in"]["embedding"])
         weights = {(3, 0): 1.0, (5, 3): 1.0}
-        same = counterfactual(run.config, run.state, weights, steps=3)
+        same = counterfactual(run.state, weights, run.config, steps=3)
         # The state given is left as it is, and may be used again.
         np.testing.assert_array_equal(run.state.params["embed_in"]["embedding"], kept)
     assert same_bits(same.base_state, same.changed_state)
     assert not same.distance.any()
     np.testing.assert_array_equal(same.base_loss, same.changed_loss)
+
+
+def test_the_batches_of_a_resumed_run_are_those_that_a_metagradient_takes(base) -> None:
+    with resumed(folder_of(base), base, START, show_progress=False) as run:
+        taken = metagradients._stacked(run.state, run.batches, 2, run.config)
+    np.testing.assert_array_equal(taken, [data.batches(base)[START + i] for i in range(2)])
+
+
+def test_runs_that_do_not_fit_are_refused_with_the_numbers(base, monkeypatch) -> None:
+    with resumed(folder_of(base), base, START, show_progress=False) as run:
+        size = sum(x.nbytes for x in jax.tree.leaves(run.state))
+        monkeypatch.setattr(preflight, "host_memory", lambda: size)
+        # One more state would fit, and what a step takes beside it does not.
+        with pytest.raises(MemoryError, match="a changed run beside the base run takes") as told:
+            counterfactual(run.state, {(START, 0): 0.0}, run.config, steps=1)
+    assert f"{preflight.in_bytes(size)} of memory on" not in str(told.value)
+    assert f"and {preflight.in_bytes(size)} are free" in str(told.value)
+    monkeypatch.setattr(preflight, "host_memory", lambda: size - 1)
+    wanted = f"a train state of this model takes {preflight.in_bytes(size)} of memory"
+    with (
+        pytest.raises(MemoryError, match=wanted),
+        resumed(folder_of(base), base, START, show_progress=False),
+    ):
+        pass
 
 
 def test_what_is_told_is_what_the_two_runs_do(base, rows, found) -> None:
@@ -140,7 +165,7 @@ def table(path: Path, *lines: str) -> Path:
 def asked(base: RunConfig, **flags: Any) -> list[object]:
     flags = {"from": START, "train-steps": 2, "eval": base.data.train[0], **flags}
     model = flags.pop("model", folder_of(base))
-    options = [(f"--{key}", value) for key, value in flags.items()]
+    options = [(f"--{key}", value) for key, value in flags.items() if value is not None]
     return ["counterfactual", model, *(part for option in options for part in option)]
 
 
@@ -157,6 +182,7 @@ def test_the_command_reads_hits_and_writes_what_came_of_it(base, tmp_path, caplo
         result = run(*asked(base, drop=hits, eval=tmp_path / "q.npy", out=out))
     assert result.exit_code == 0, result.output
     assert "1 rows dropped" in result.output and "equal, bit for bit" in result.output
+    assert f"loss of {tmp_path / 'q.npy'}, in nats a token" in result.output
     assert "1 of the 2 rows given are not of steps 3 to 5" in caplog.text
     lines = list(csv.DictReader((out / "evaluation.csv").open()))
     assert [int(line["row"]) for line in lines] == list(range(BATCH))
@@ -180,10 +206,18 @@ def test_the_command_reads_hits_and_writes_what_came_of_it(base, tmp_path, caplo
         (["step,slot"], {}, "holds no rows"),
         (["step,slot,weight", "3,0,1"], {}, "give the file to --reweight"),
         (["step,slot,start,stop", "3,0,5,9"], {}, "tokens 5:9 are a part of a sequence"),
-        (["step,slot", "3,0"], {"train-steps": 6}, "6 steps from checkpoint 3 are no part"),
+        (
+            ["step,slot", "3,0"],
+            {"train-steps": 6},
+            "steps 3 to 8 are no part of the run, which has 8 steps",
+        ),
+        (["step,slot,data", "3,0,0:4:12ab"], {}, "line 2: is a row of other data, or of another"),
+        (["step,slot,data", "3,0,pile"], {}, "'pile' does not tell of which data the rows are"),
         (["step,slot", "5,0"], {"from": 5}, "no checkpoint of step 5; there are"),
-        (["step,slot", "3,0"], {"eval": "no words"}, "to read it as a text a tokenizer is wanted"),
+        (["step,slot", "3,0"], {"eval": "data/validatoin"}, "data/validatoin.idx: no such file"),
         (["step,slot", "3,0"], {"eval": "gone.npy"}, "gone.npy: there is no such file"),
+        (["step,slot", "3,0"], {"eval-text": "words"}, "Give --eval or --eval-text, one of them"),
+        (["step,slot", "3,0"], {"eval": None, "eval-text": "words"}, "text needs a tokenizer"),
         (["step,slot", "3,0"], {"model": "/nowhere"}, "/nowhere is no run folder here"),
     ],
     ids=lambda x: str(x)[:40],
@@ -201,10 +235,10 @@ def test_hits_in_parquet_are_those_in_csv(base, tmp_path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     columns = {"score": [0.5, 0.25], "step": [4, 4], "slot": [1, 0], "weight": [0.0, 2.0]}
     parquet.write_table(arrow.table(columns), tmp_path / "hits.parquet")
-    found = read_weights(tmp_path / "hits.parquet", SEQ, drop=False)
+    found = read_weights(tmp_path / "hits.parquet", base, drop=False)
     assert found == {(4, 1): 0.0, (4, 0): 2.0}
     hits = table(tmp_path / "hits.csv", "score,step,slot,weight", "0.5,4,1,0", "0.25,4,0,2")
-    assert read_weights(hits, SEQ, drop=False) == found
+    assert read_weights(hits, base, drop=False) == found
 
 
 def test_one_row_with_two_weights_and_both_kinds_of_tables_are_refused(base, tmp_path) -> None:
@@ -220,10 +254,10 @@ def test_one_row_with_two_weights_and_both_kinds_of_tables_are_refused(base, tmp
 def test_a_text_is_evaluated_with_its_tokenizer(base) -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 1, "b": 2, "c": 3}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    found = evaluation_rows("c b a", base.model, tokenizer)
-    assert found.tokens.tolist() == [[3, 2, 1]]
-    with pytest.raises(ValueError, match="row 0 has 1 tokens; from 2 to 17"):
-        evaluation_rows("c", base.model, tokenizer)
+    found = text_row("c b a", base.model, tokenizer)
+    assert found.tokens.tolist() == [[3, 2, 1]] and found.name == "the text 'c b a'"
+    with pytest.raises(ValueError, match="the text 'c': row 0 has 1 tokens; from 2 to 17"):
+        text_row("c", base.model, tokenizer)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from reference import (
 )
 
 from pythia_jax.configs import ModelConfig, Runtime
+from pythia_jax.interp import preflight
 from pythia_jax.interp.curvature import (
     fisher_diagonal,
     ggn_vp,
@@ -225,6 +226,37 @@ def test_a_row_without_a_finite_gradient_is_named_by_the_fisher_diagonal() -> No
     rows[1] = TOKENS[1]
     with pytest.raises(ValueError, match="row 1"):
         fisher_diagonal(broken, rows, MICRO, runtime=RUNTIME)
+
+
+def test_a_product_that_is_no_number_is_refused_with_what_made_it_so() -> None:
+    params, nan = random_params(MICRO), np.float32(np.nan)
+    table = params["embed_in"]["embedding"]
+
+    def refused(words: str, params: Any = params, **vector: Any) -> None:
+        along = {**params, **vector}
+        for product in (hvp, ggn_vp):
+            with pytest.raises(ValueError, match="the product is not finite: " + words):
+                product(params, [TOKENS, TOKENS], MICRO, along, runtime=RUNTIME)
+
+    token = int(np.setdiff1d(TOKENS[2, :-1], TOKENS[:2])[0])  # of row 2 alone
+    broken = {"embed_in": {"embedding": table.at[token, 2].set(nan)}}
+    refused("parameter embed_in/embedding is not", params={**params, **broken})
+    refused("the vector's embed_in/embedding is not", **broken)
+    scale = jnp.full_like(params["final_layer_norm"]["scale"], 3e38)
+    large = {**params, "final_layer_norm": {**params["final_layer_norm"], "scale": scale}}
+    refused("nor is the gradient of row 0 of batch 0", params=large, **params)
+    refused("every row's gradient is, so it overflowed", embed_in={"embedding": 3e38 * table})
+
+
+def test_vectors_that_do_not_fit_are_refused_with_the_numbers(monkeypatch: Any) -> None:
+    params, key = random_params(MICRO), jax.random.key(0)
+    monkeypatch.setattr(preflight, "host_memory", lambda: 100_000)
+    size = 4 * parameters.count(MICRO)
+    told = f"Lanczos with 50 vectors .* takes {preflight.in_bytes(size * 54)} of memory"
+    with pytest.raises(MemoryError, match=told):
+        hessian_density(params, TOKENS, MICRO, 50, key)
+    with pytest.raises(MemoryError, match=preflight.in_bytes(size * 56)):
+        hessian_top_eigenvalues(params, TOKENS, MICRO, 2, 50, key)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -22,8 +22,7 @@ import pythia_jax as pj
 from pythia_jax.bridge.model import Model
 from pythia_jax.bridge.revisions import weights_hash
 from pythia_jax.configs import ModelConfig
-from pythia_jax.files import locked
-from pythia_jax.interp import dynamics
+from pythia_jax.interp import dynamics, preflight
 from pythia_jax.interp.dynamics import gradient_cosines, over_checkpoints, read_curves
 from pythia_jax.interp.gradients import gradient_norms
 from pythia_jax.interp.lenses import lens_losses
@@ -34,6 +33,7 @@ from pythia_jax.interp.measures import (
     token_loss_curve,
 )
 from pythia_jax.interp.noise_scale import gradient_noise_scale
+from pythia_jax.interp.result_folder import alone
 from pythia_jax.model.parameters import Params
 from pythia_jax.training.checkpoints import SCHEDULED
 
@@ -132,6 +132,17 @@ def test_pairs_of_step_and_parameters_are_taken_as_they_come(
     assert over(sizes, as_numpy, config=config).weights == found.weights
 
 
+def test_what_does_not_fit_is_refused_with_the_numbers_and_nothing_is_kept(
+    models: dict[int, Model], config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [(step, model.params) for step, model in models.items()]
+    size = sum(x.nbytes for x in jax.tree.leaves(models[0].params))
+    monkeypatch.setattr(preflight, "host_memory", lambda: size)
+    with pytest.raises(MemoryError, match=f"takes .* {preflight.in_bytes(size)} are free; cut"):
+        over(sizes, pairs, config=config, out=tmp_path / "out", name="sizes")
+    assert not list(tmp_path.rglob("*.npz"))
+
+
 def test_it_is_traced_and_compiled_once(tiny: Path) -> None:
     events, counts = [], []
     jax.monitoring.register_event_duration_secs_listener(
@@ -203,7 +214,7 @@ def test_what_is_there_is_not_computed_again(
     assert kept["steps"].tolist() == list(STEPS)
     np.testing.assert_array_equal(kept["values/by_name/rows"], found.values.by_name["rows"])
     assert {path.name for path in out.rglob("*") if path.is_file()} == {
-        ".lock", "about.json", "curves.npz", *(f"{step}.npz" for step in STEPS),
+        "about.json", "curves.npz", *(f"{step}.npz" for step in STEPS),
     }  # fmt: skip
 
 
@@ -285,7 +296,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(
     (tmp_path / "strange" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="strange: holds something else"):
         over(sizes, tiny, out=tmp_path / "strange", name="sizes")
-    with locked(out / ".lock"), pytest.raises(RuntimeError, match="another call is writing"):
+    with alone(out), pytest.raises(RuntimeError, match="another process is writing there"):
         over(sizes, tiny, out=out, name="sizes")
     assert not computed
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

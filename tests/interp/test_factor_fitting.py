@@ -12,10 +12,12 @@ from click.testing import CliRunner
 
 import pythia_jax as pj
 from pythia_jax import configs
+from pythia_jax.bridge.revisions import weights_hash
 from pythia_jax.cli.factors import factors as command
 from pythia_jax.data import batches
 from pythia_jax.interp import factors, preflight
 from pythia_jax.interp.factor_fitting import adam_factors_of, bytes_of, fit_factors_of
+from pythia_jax.interp.index import table
 from pythia_jax.interp.preconditioning import adam_factors
 from pythia_jax.training.trainer import train
 
@@ -42,8 +44,8 @@ def test_the_command_fits_the_batches_of_the_steps(place):
     assert f"{out}: kfac factors of 8 rows (192 tokens)" in done.output
     found, model = factors.load(out), index_cases.model()
     served = batches(configs.load(place / "config.yaml"))
-    rows = np.concatenate([served[step] for step in (2, 3, 4)])
-    rows = rows[[0, 1, 3, 4, 6, 7, 9, 11]]  # spread evenly, the first and the last among them
+    sample = table(served, served[0].shape[1], range(2, 5), "sequence", 8)  # an index's, of as many
+    rows = np.stack([served[int(row["step"])][row["slot"]] for row in sample])
     expected = factors.fit_factors(
         model.params,
         [rows[:4], rows[4:]],
@@ -64,7 +66,7 @@ def test_the_command_fits_the_batches_of_the_steps(place):
     ("arguments", "words"),
     [
         (["--steps", "4:99"], "not steps of"),
-        (["--steps", "4"], "two numbers"),
+        ([], "--method ekfac reads batches: give --steps A:B"),
         (["--steps", "2:3", "--projection-dim", "4"], "goes with --method autocorrelation"),
         (["--steps", "2:3", "--optimizer-state", "rebuild:2"], "goes with --method adam"),
         (["--steps", "2:3", "--method", "adam"], "adam reads no batches"),
@@ -105,3 +107,8 @@ def test_adams_factors_are_of_the_runs_own_state(place, tmp_path):
         tmp_path / "run", config, tmp_path / "rebuilt", optimizer_state="rebuild:2", step=4
     )
     assert rebuilt.parameters == expected.parameters
+    # By these two a query knows factors for its index's.
+    for folder, step in ((out, None), (tmp_path / "rebuilt", 4)):
+        about = factors.about(folder)["provenance"]
+        loaded = pj.load(tmp_path / "run", step=step)
+        assert (about["weights"], about["dtype"]) == (weights_hash(loaded.params), "float32")

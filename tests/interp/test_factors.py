@@ -1,7 +1,3 @@
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from flax import traverse_util
+from on_a_mesh import on_eight_devices
 from reference import TINY, distance, hf_model, hf_token_losses, random_params, random_tokens
 
 import pythia_jax as pj
 from pythia_jax.configs import Runtime
 from pythia_jax.interp import factors as files
+from pythia_jax.interp import preflight
 from pythia_jax.interp.curvature import ggn_vp
 from pythia_jax.interp.factor_fitting import bytes_of
 from pythia_jax.interp.factors import Factors, fit_factors, sample_labels
@@ -172,7 +170,7 @@ def test_the_fisher_matrix_of_drawn_labels_is_the_gauss_newton_matrix():
     assert off(1, empirical=True) > 0.3
 
 
-def test_factors_come_back_as_they_were_saved(tmp_path):
+def test_factors_come_back_as_they_were_saved(tmp_path, monkeypatch):
     projected = fit_factors(
         PARAMS,
         ROWS,
@@ -196,6 +194,10 @@ def test_factors_come_back_as_they_were_saved(tmp_path):
         files.save(other, tmp_path / "e")
     with pytest.raises(FileNotFoundError, match="holds no factors"):
         files.load(tmp_path)
+    monkeypatch.setattr(preflight, "host_memory", lambda: 10)
+    with pytest.raises(MemoryError, match=r"a: these factors: .* wanted, and 10 bytes are free"):
+        files.load(tmp_path / "a")
+    monkeypatch.undo()
     lost = tmp_path / "e" / "layers.1.mlp.dense_4h_to_h.safetensors"
     lost.write_bytes((tmp_path / "e" / "layers.1.attention.dense.safetensors").read_bytes())
     with pytest.raises(
@@ -253,15 +255,5 @@ def test_what_is_not_finite_is_named():
 @pytest.mark.slow
 def test_eight_devices_find_what_one_does():
     script = Path(__file__).with_name("influence_on_a_mesh.py")
-    path = os.pathsep.join(map(str, [Path(__file__).parents[1], Path(__file__).parents[2]]))
-    environment = {"JAX_NUM_CPU_DEVICES": "8", "JAX_ENABLE_X64": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, script],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = on_eight_devices(script, x64=True)
     assert max(found.values()) < 1e-9, found

@@ -1,9 +1,5 @@
 """Per-example gradients equal torch's row by row, and do not depend on the rows beside them."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -14,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from on_a_mesh import on_eight_devices
 from reference import (
     distance,
     hf_gradients,
@@ -211,22 +208,12 @@ def test_gradient_of_a_row_does_not_depend_on_its_company():
 
 
 @pytest.mark.parametrize(
-    "which", ["rows", pytest.param("units", marks=pytest.mark.slow)], ids=["rows", "units"]
+    "which", ["float64", pytest.param("others", marks=pytest.mark.slow)], ids=["float64", "others"]
 )
 def test_eight_devices_give_the_gradients_of_one(which):
     script = Path(__file__).with_name("gradients_on_a_mesh.py")
-    paths = os.pathsep.join([str(script.parents[1]), *sys.path])
-    wanted = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [sys.executable, script, which],
-        env={**os.environ, **wanted},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert len(report) == {"rows": 2, "units": 3}[which]
+    report = on_eight_devices(script, which)
+    assert len(report) == {"float64": 1, "others": 4}[which]
     for name, (furthest, cut) in report.items():
         assert furthest <= (1e-10 if "float64" in name else 1e-5), name
         assert cut, name
@@ -263,8 +250,8 @@ def test_under_jit_documents_want_their_number():
 def test_noise_scale_is_that_of_the_per_example_gradients():
     """g2 is the mean product of two different rows' gradients, s the trace of their covariance."""
     got = gradient_noise_scale(PARAMS, TOKENS, MICRO)
-    assert set(got) == {*PATHS, "whole"}
-    total = np.zeros(2)
+    assert set(got) == {*PATHS, "layers", "whole"}
+    total, of_layers = np.zeros(2), np.zeros((2, 2))
     for path, value in gradients("sequence").items():
         layers = 2 if path.startswith("layers/") else 1
         of_mean = np.asarray(value, np.float64).reshape(BATCH, layers, -1) / SEQ
@@ -272,10 +259,13 @@ def test_noise_scale_is_that_of_the_per_example_gradients():
         g2 = products[:, ~np.eye(BATCH, dtype=bool)].mean(axis=1)
         s = of_mean.var(axis=0, ddof=1).sum(axis=-1)
         total += [g2.sum(), s.sum()]
+        of_layers += [g2, s] if path.startswith("layers/") else 0
         scale = np.abs([g2, s]).max()
         np.testing.assert_allclose(np.ravel(got[path].g2), g2, rtol=0, atol=1e-5 * scale)
         np.testing.assert_allclose(np.ravel(got[path].s), s, rtol=0, atol=1e-5 * scale)
-    whole = got["whole"]
+    whole, each = got["whole"], got["layers"]
+    np.testing.assert_allclose([each.g2, each.s], of_layers, rtol=0, atol=1e-5 * of_layers.max())
+    np.testing.assert_allclose(each.sequences, each.s / each.g2, rtol=1e-6)
     np.testing.assert_allclose([whole.g2, whole.s], total, rtol=0, atol=1e-5 * total.max())
     np.testing.assert_allclose(whole.sequences, whole.s / whole.g2, rtol=1e-6)
     np.testing.assert_allclose(whole.tokens, SEQ * whole.sequences, rtol=1e-6)
@@ -336,3 +326,7 @@ def test_tokens_of_another_shape_or_vocabulary_are_an_error():
             per_example_gradients(PARAMS, wrong, MICRO)
     with pytest.raises(ValueError, match="token 64 is not in the vocabulary"):
         per_example_gradients(PARAMS, np.full((1, 3), 64), MICRO)
+    listed: Any = TOKENS.tolist()
+    for function in (per_example_gradients, gradient_norms, token_losses):
+        with pytest.raises(ValueError, match="tokens are a list: an array is wanted"):
+            function(PARAMS, listed, MICRO)

@@ -1,6 +1,9 @@
 """`pythia-jax gradients`: an index built, queried and exported as its user types it."""
 
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import index_cases
@@ -41,6 +44,15 @@ def refused(*arguments: object) -> str:
     return result.output if isinstance(result.exception, SystemExit) else str(result.exception)
 
 
+def rows_of(table: Path) -> list[dict[str, str]]:
+    with table.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def scores(table: Path) -> list[float]:
+    return [float(row["score"]) for row in rows_of(table)]
+
+
 def test_options_reach_the_index(place):
     index = open_index(place / "index")
     assert index.settings["step"] == 3
@@ -61,12 +73,29 @@ def test_a_query_finds_the_model_again_and_prints_passages(place):
     assert len(lines) == 3
     assert lines[0].split()[0] == "1"
     assert "document" in lines[0] and "tokens" in lines[0]
-    with (place / "hits.csv").open(newline="", encoding="utf-8") as file:
-        table = list(csv.DictReader(file))
-    scores = [float(row["score"]) for row in table]
-    assert scores == sorted(scores, reverse=True)
-    assert f"{scores[0]:.4g}" in lines[0]
+    table = rows_of(place / "hits.csv")
+    found = scores(place / "hits.csv")
+    assert found == sorted(found, reverse=True)
+    assert f"{found[0]:.4g}" in lines[0]
     assert all(row["text"] for row in table)
+
+
+def test_a_query_of_a_model_cut_over_eight_devices_scores_as_on_one(place):
+    words = ["query", place / "index", "--text", "the cat", "--out"]
+    assert run(*words, place / "one.csv").exit_code == 0
+    cut = [*words, place / "eight.csv", "--fsdp", "2", "--tensor", "2"]
+    assert "does not fit 1 device" in refused(*cut)
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "pythia_jax", "gradients", *cut],
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, eight = (scores(place / f"{name}.csv") for name in ("one", "eight"))
+    np.testing.assert_allclose(eight, one, atol=1e-5 * max(one))
 
 
 def test_a_model_that_is_named_must_be_the_index_s(place, tmp_path):
@@ -90,8 +119,7 @@ def test_an_export_checks_and_says_what_is_there(place):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("build", "x", "--data", "c", "--steps", "7", "--out", "o"), "--steps '7': two numbers"),
-        (("build", "--data.seed", "1", "--data", "c", "--steps", "1:2", "--out", "o"), "MODEL com"),
+        (("query", "--data.seed", "1", "o", "--text", "a"), "INDEX comes before its flags"),
         (
             ("build", "x", "--data", "c", "--steps", "1:2", "--out", "o", "--projection-dim", "0",
              "--projection-seed", "1"),

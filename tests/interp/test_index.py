@@ -129,7 +129,7 @@ def test_an_index_opens_with_its_modules_and_settings(index):
         (files.GRADIENTS, b"12", r"2 bytes, but 12 rows of 2,048 numbers \(float32\) take 98,304"),
         (files.GRADIENTS, None, "0 bytes"),
         (files.ROWS, b"nothing", "is damaged"),
-        (files.PROVENANCE, b"{}", "damaged, so nothing tells what the index is of"),
+        (files.PROVENANCE, b"{}", "damaged, so nothing tells what the gradient index is of"),
         (files.PROVENANCE, b'{"settings": {}, "computed": {}}', "is damaged"),
     ],
 )

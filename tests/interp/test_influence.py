@@ -147,6 +147,27 @@ def test_directions_that_do_not_fit_are_refused(function):
             function(PARAMS, ROWS, CONFIG, direction)
 
 
+def test_a_score_that_is_no_number_names_its_row(queries):
+    # The last token of the vocabulary stands in one row alone, and its embedding is NaN.
+    tokens, others = ROWS.clip(max=27), QUERIES.clip(max=27)
+    tokens[4, 3] = 28
+    embedding = np.array(PARAMS["embed_in"]["embedding"])
+    embedding[28] = np.nan
+    broken = {**PARAMS, "embed_in": {"embedding": embedding}}
+    with pytest.raises(ValueError, match="row 4: the score is not finite; leave"):
+        scores(broken, tokens, CONFIG, tree(queries))
+    with pytest.raises(ValueError, match="row 4: the score of a token is not finite"):
+        token_scores(broken, tokens, CONFIG, tree(queries))
+    with pytest.raises(ValueError, match="row 4: the score at step 50 is not finite"):
+        tracin([(50, broken)], [tokens[:3], tokens[3:]], others, RUN)
+    bias = {"final_layer_norm": {"bias": np.ones((3, 16), np.float32)}}
+    wrong = {"final_layer_norm": {"bias": bias["final_layer_norm"]["bias"] * [[1], [np.nan], [1]]}}
+    with pytest.raises(ValueError, match="row 1: the norm of the train gradient is not finite"):
+        pairwise(bias, wrong)
+    with pytest.raises(ValueError, match=r"row 1: the query's direction is not finite, in final"):
+        scores(PARAMS, tokens, CONFIG, wrong)
+
+
 def test_tracin_is_the_sum_over_checkpoints_with_the_runs_learning_rates(queries, rows):
     other = random_params(CONFIG, seed=4)
     found = tracin([(50, PARAMS), (100, other), (0, PARAMS)], [ROWS[:3], ROWS[3:]], QUERIES, RUN)
@@ -263,10 +284,19 @@ def test_what_the_factors_do_not_fit_is_refused():
         ("autocorrelation", {"kernel": row["kernel"]}, {}, "not projected to 2 x 2"),
         ("kfac", row, {"damping": -1}, "0 or more"),
         ("kfac", row, {"power": 2}, "power 2 of kfac"),
-        ("ekfac", {**row, "bias": row["bias"] * np.nan}, {}, "row 0.*not finite"),
+        ("ekfac", {**row, "bias": row["bias"] * np.nan}, {}, "row 0: the gradient is not finite"),
     ):
         with pytest.raises(ValueError, match=told):
             precondition(made(method)[0], {"m": of}, **options)
+
+
+def test_a_damping_that_cannot_invert_the_curvature_is_named():
+    factors, _ = made("autocorrelation")
+    factors.modules["m"]["values"][1, 0] = 0  # rank 3 of 4
+    row = {"m": {"kernel": jnp.ones((1, LAYERS, 2, 2))}}
+    with pytest.raises(ValueError, match=r"eigenvalues of 0.*damping 0\.0 is too little"):
+        precondition(factors, row, 0.0)
+    assert np.isfinite(precondition(factors, row, 0.1)["m"]["kernel"]).all()
 
 
 # Adam's.

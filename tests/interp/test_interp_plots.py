@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import AxLine
 
 from pythia_jax.interp.patching import Node
@@ -43,9 +44,20 @@ def test_a_heat_map_has_each_token_on_the_colour_of_its_score():
         assert found[i % 4, i // 4] == shown(token)
 
 
+@pytest.mark.parametrize("title", ["words and " * 12, "folder/" * 24], ids=["words", "a path"])
+def test_a_title_of_any_length_is_inside_the_picture(title):
+    figure = layer_position_grid(np.eye(2), title=title)
+    FigureCanvasAgg(figure).draw()
+    (written,) = figure.texts
+    assert "".join(written.get_text().split()) == "".join(title.split())
+    box, whole = written.get_window_extent(), figure.bbox
+    assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
+    assert figure.axes[0].get_window_extent().y1 <= box.y0
+
+
 def test_tokens_are_shown_with_their_spaces():
-    assert [shown(t) for t in (" a", "\n", "\t", "longer than most")] == [
-        "␣a", "⏎", "⇥", "longer␣than…",
+    assert [shown(t) for t in (" a", "\n", "\t", "\r\x18", "longer than most")] == [
+        "␣a", "⏎", "⇥", "␍�", "longer␣than…",
     ]  # fmt: skip
 
 

@@ -1,10 +1,8 @@
 """Influence through training against training again: finite differences, and rows left out."""
 
-import json
-import os
+import functools
+import logging
 import runpy
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from on_a_mesh import on_eight_devices
 
 from pythia_jax import configs
 from pythia_jax.configs import RunConfig, Runtime
+from pythia_jax.interp import metagradients, preflight
 from pythia_jax.interp.metagradients import metagradient, trained
 from pythia_jax.model.loss import loss
 from pythia_jax.training.step import TrainState, init_state, train_step
@@ -59,10 +59,12 @@ def make_config(clip: float, parts: int, **training: Any) -> RunConfig:
     )
 
 
-CLIPPED = make_config(clip=0.5, parts=2)
-WHOLE = make_config(clip=1e6, parts=1)
+CLIPPED = make_config(clip=0.5, parts=2, on_nonfinite="skip")
+WHOLE = make_config(clip=1e6, parts=1, on_nonfinite="stop")
 
 
+# One function and one state for all tests, so that each program is compiled once.
+@functools.cache
 def query_losses(runtime: Runtime) -> Callable[[Any], jax.Array]:
     assert WHOLE.model is not None
     model = WHOLE.model
@@ -71,14 +73,11 @@ def query_losses(runtime: Runtime) -> Callable[[Any], jax.Array]:
 
 @pytest.fixture(autouse=True)
 def double(request: pytest.FixtureRequest) -> Iterator[None]:
-    """float64, and programs compiled in a hurry: these are small, and each runs a few times."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", "slow" not in request.keywords)
     with jax.enable_x64("float32" not in request.node.name):
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
+@functools.cache
 def start(config: RunConfig) -> TrainState:
     """A state in float64 whose moments have seen two batches."""
 
@@ -87,7 +86,7 @@ def start(config: RunConfig) -> TrainState:
 
     state = jax.tree.map(wide, init_state(config))
     ones = np.ones((BEFORE, BATCH))
-    return trained(state, TOKENS[:BEFORE], ones, config=config, runtime=F64)
+    return trained(state, TOKENS[:BEFORE], ones, config, runtime=F64)
 
 
 def finite_differences(
@@ -100,7 +99,7 @@ def finite_differences(
         for sign in (1, -1):
             weights = np.ones(tokens.shape[:2])
             weights[at] += sign * step
-            after = trained(state, tokens, weights, config=config, runtime=F64)
+            after = trained(state, tokens, weights, config, runtime=F64)
             out[:, *at] += sign * np.asarray(losses(after.params)) / (2 * step)
     return out
 
@@ -114,7 +113,7 @@ def test_influence_equals_finite_differences_of_training_again(
     assert (norm > config.optimizer.gradient_clip) == (config is CLIPPED)
     unseen = state.opt_state[1].nu["embed_in"]["embedding"][VOCABULARY - 1]
     assert not unseen.any(), "no second moment is 0, so its square root was not tried"
-    got = metagradient(state, tokens, query_losses(F64), steps, config=config, runtime=F64)
+    got = metagradient(state, tokens, query_losses(F64), steps=steps, config=config, runtime=F64)
     assert got.shape == (2, steps, BATCH)
     wanted = finite_differences(state, tokens, config)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
@@ -129,65 +128,75 @@ def replace_runtime(config: RunConfig) -> RunConfig:
 def test_weights_of_1_retrace_the_run_step_by_step() -> None:
     state, config = start(WHOLE), replace_runtime(WHOLE)
     state = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, state)
-    again = trained(state, TOKENS[BEFORE:], np.ones((3, BATCH)), config=config)
+    again = trained(state, TOKENS[BEFORE:], np.ones((3, BATCH)), config)
     for tokens in TOKENS[BEFORE:]:
         state, _ = jax.jit(train_step, static_argnames="config")(state, tokens, config=config)
     for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_batches_by_number_and_one_query_give_the_same_influence() -> None:
+def test_batches_by_number_and_one_query_give_the_same_influence(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     state = start(WHOLE)
     array = metagradient(
-        state, TOKENS[BEFORE:][:1], query_losses(F64), 1, config=WHOLE, runtime=F64
+        state, TOKENS[BEFORE:][:1], query_losses(F64), steps=1, config=WHOLE, runtime=F64
     )
     numbered = metagradient(
-        state, TOKENS.__getitem__, query_losses(F64), 1, config=WHOLE, runtime=F64
+        state, TOKENS.__getitem__, query_losses(F64), steps=1, config=WHOLE, runtime=F64
     )
     np.testing.assert_array_equal(array, numbered)
-    first = metagradient(
-        state,
-        TOKENS.__getitem__,
-        lambda params: query_losses(F64)(params)[0],
-        1,
-        config=WHOLE,
-        runtime=F64,
-    )
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        first = metagradient(
+            state,
+            TOKENS.__getitem__,
+            lambda params: query_losses(F64)(params)[0],
+            steps=1,
+            config=WHOLE,
+            runtime=F64,
+        )
+    # Planned before they are run, and compiled once all the same; what was there is taken.
+    for name, times in {"_forward": 0, "_backward": 1, "_query_gradients": 1}.items():
+        made = f"Finished XLA compilation of jit({name})"
+        assert sum(made in line for line in caplog.messages) == times, name
     assert first.shape == (1, BATCH)
     np.testing.assert_allclose(first, array[0], rtol=1e-12)
 
 
 def test_a_skipped_step_has_no_influence_and_a_stopped_one_is_refused() -> None:
-    config = make_config(clip=0.5, parts=1, on_nonfinite="skip")
-    state, tokens = start(config), TOKENS[BEFORE:].copy()
+    def poisoned(config: RunConfig) -> TrainState:
+        state = start(config)
+        table = state.params["embed_in"]["embedding"].at[VOCABULARY - 1].set(np.nan)
+        return state.replace(params={**state.params, "embed_in": {"embedding": table}})  # type: ignore
+
+    tokens = TOKENS[BEFORE:].copy()
     tokens[1, 2, 3] = VOCABULARY - 1
-    table = state.params["embed_in"]["embedding"].at[VOCABULARY - 1].set(np.nan)
-    state = state.replace(params={**state.params, "embed_in": {"embedding": table}})  # type: ignore
-    got = metagradient(state, tokens, query_losses(F64), 3, config=config, runtime=F64)
+    state, query = poisoned(CLIPPED), query_losses(F64)
+    got = metagradient(state, tokens, query, steps=3, config=CLIPPED, runtime=F64)
     assert (np.asarray(got)[:, 1] == 0).all()
-    wanted = finite_differences(state, tokens, config)
+    wanted = finite_differences(state, tokens, CLIPPED)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
-    stops = make_config(clip=0.5, parts=1, on_nonfinite="stop")
-    with pytest.raises(ValueError, match="step 3 made no update"):
-        metagradient(state, tokens, query_losses(F64), 3, config=stops, runtime=F64)
+    with pytest.raises(ValueError, match="step 2 made no update"):
+        metagradient(poisoned(WHOLE), tokens[1:2], query, steps=1, config=WHOLE, runtime=F64)
 
 
 def test_in_float32_influence_is_that_of_float64() -> None:
     with jax.enable_x64(True):
         state, tokens = start(CLIPPED), TOKENS[BEFORE:]
-        wanted = metagradient(state, tokens, query_losses(F64), 3, config=CLIPPED, runtime=F64)
+        run = {"steps": 3, "config": CLIPPED}
+        wanted = metagradient(state, tokens, query_losses(F64), **run, runtime=F64)
     narrow = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, state)
-    got = metagradient(narrow, tokens, query_losses(F32), 3, config=CLIPPED, runtime=F32)
+    got = metagradient(narrow, tokens, query_losses(F32), **run, runtime=F32)
     assert got.dtype == np.float32
     assert np.linalg.norm(got - wanted) <= 1e-3 * np.linalg.norm(wanted)
 
 
 def test_an_influence_that_is_no_number_is_refused_with_its_step() -> None:
     def broken(params: Any) -> jax.Array:
-        return query_losses(F64)(params)[0] * jnp.nan
+        return query_losses(F64)(params) * jnp.nan
 
     with pytest.raises(ValueError, match="of step 2 is not finite"):
-        metagradient(start(WHOLE), TOKENS[BEFORE:][:1], broken, 1, config=WHOLE, runtime=F64)
+        metagradient(start(WHOLE), TOKENS[BEFORE:][:1], broken, steps=1, config=WHOLE, runtime=F64)
 
 
 def test_what_cannot_be_differentiated_or_does_not_fit_is_refused() -> None:
@@ -200,7 +209,7 @@ def test_what_cannot_be_differentiated_or_does_not_fit_is_refused() -> None:
                 state,
                 tokens,
                 changes.pop("query", query_losses(F32)),
-                steps,
+                steps=steps,
                 config=config,
                 **changes,
             )
@@ -214,23 +223,27 @@ def test_what_cannot_be_differentiated_or_does_not_fit_is_refused() -> None:
     refused("not in the vocabulary", tokens=TOKENS[:1] + VOCABULARY)
     refused(r"\[queries\] of them", query=lambda params: params["embed_in"]["embedding"])
     with pytest.raises(ValueError, match="one a row"):
-        trained(state, TOKENS[:1], np.ones((1, BATCH + 1)), config=WHOLE)
+        trained(state, TOKENS[:1], np.ones((1, BATCH + 1)), WHOLE)
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers_before_any_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = init_state(WHOLE)
+    # Of 3 steps, the states at the beginnings of 2 segments; and a gradient for each of 2 queries.
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (state, state.params)]
+    wanted = 2 * sizes[0] + 2 * sizes[1]
+    monkeypatch.setattr(preflight, "host_memory", lambda: wanted - 1)
+    monkeypatch.setattr(metagradients, "_forward", None)
+    told = f"through 3 steps takes {preflight.in_bytes(wanted)} of memory .* are free; take fewer"
+    with pytest.raises(MemoryError, match=told):
+        metagradient(state, TOKENS[BEFORE:], query_losses(F32), steps=3, config=WHOLE)
 
 
 @pytest.mark.slow
 def test_eight_devices_find_what_one_does() -> None:
     script = Path(__file__).with_name("second_order_on_a_mesh.py")
-    path = os.pathsep.join(map(str, [Path(__file__).parents[1], Path(__file__).parents[2]]))
-    environment = {"JAX_NUM_CPU_DEVICES": "8", "JAX_ENABLE_X64": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, script],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = on_eight_devices(script, x64=True)
     assert max(found.values()) <= 1e-10, found
 
 

@@ -5,6 +5,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from pythia_jax.interp import preflight
 
@@ -28,6 +29,56 @@ def test_what_is_more_than_free_does_not_fit_and_the_refusal_has_both_numbers():
     told = str(preflight.refusal(memory, "an index"))
     assert told.startswith("an index takes 3 GB of memory on each device")
     assert "2 GB are free" in told
+
+
+def test_work_is_refused_for_what_it_keeps_and_what_its_program_wants_together(monkeypatch):
+    x = jnp.zeros((500, 300))
+    program = jax.jit(lambda x: x @ x.T).lower(x).compile()
+    place = NamedSharding(AbstractMesh((4,), ("some",)), PartitionSpec("some"))
+    cut = jax.ShapeDtypeStruct((500, 300), jnp.float32, sharding=place)
+    kept = 3 * 500 * 300 * 4 + 2 * 500 * 300 * 4 // 4
+    wanted = kept + preflight.memory_of(program).wanted
+    assert wanted >= kept + 500 * 500 * 4
+
+    def check(free, x=x):
+        monkeypatch.setattr(preflight, "free_each", lambda: free)
+        preflight.check_memory("it", (3, x), (2, {"a": cut}), program=lambda: program, advice="do")
+
+    check(wanted)
+    check(None)
+    for free, told in ((0, kept), (wanted - 1, wanted)):  # the program is asked for if need be
+        numbers = f"it takes {preflight.in_bytes(told)} .* {preflight.in_bytes(free)} are free; do"
+        with pytest.raises(MemoryError, match=numbers):
+            check(free)
+    # Inside of a transformation nothing is known.
+    jax.jit(lambda x: check(0, x))(x)
+
+
+def test_results_that_take_an_argument_s_place_want_no_room():
+    x = jax.ShapeDtypeStruct((500, 300), jnp.float32)
+    new, same = (
+        preflight.memory_of(jax.jit(lambda x: x + 1, donate_argnums=of).lower(x).compile()).wanted
+        for of in ((), (0,))
+    )
+    assert new - same == 500 * 300 * 4
+
+
+def test_time_is_told_once_of_a_second_piece_since_a_first_compiles(monkeypatch, caplog):
+    clock = [0.0]
+    monkeypatch.setattr(preflight.time, "perf_counter", lambda: clock[0])
+    with caplog.at_level("INFO"):
+        for piece in preflight.timed(iter("abcde"), 5, "the rest"):
+            clock[0] += 1000 if piece == "a" else 50
+        assert caplog.messages == ["the rest: about 2.5 min"]
+        assert list(preflight.timed("ab", 2, "nothing")) == ["a", "b"]
+    assert len(caplog.messages) == 1
+
+
+def test_what_the_host_cannot_hold_is_refused_with_the_numbers(monkeypatch):
+    monkeypatch.setattr(preflight, "host_memory", lambda: 2000)
+    preflight.check_host(2000, "factors")
+    with pytest.raises(MemoryError, match="factors: 3 kB of memory are wanted, and 2 kB are free"):
+        preflight.check_host(3000, "factors")
 
 
 def test_a_group_s_limit_is_less_than_the_machine(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,21 +14,21 @@ import index_cases
 import jax
 import numpy as np
 import pytest
-from index_cases import BATCH, START
+from index_cases import BATCH, START, STOP
 from reference import distance
 
 import pythia_jax as pj
-from pythia_jax.data import batches
-from pythia_jax.interp import bergson, factors, querying
+from pythia_jax.data import batches, open_dataset
+from pythia_jax.interp import bergson, factors, querying, tables
 from pythia_jax.interp.bergson import check, export_index
 from pythia_jax.interp.chunks import projection_sides
 from pythia_jax.interp.collecting import LINEAR
-from pythia_jax.interp.gradients import per_example_gradients
+from pythia_jax.interp.counterfactual_files import read_weights
+from pythia_jax.interp.factor_fitting import fit_factors_of
 from pythia_jax.interp.index import open_index
 from pythia_jax.interp.passages import Passages
-from pythia_jax.interp.preconditioning import precondition
 from pythia_jax.interp.projection import Projection
-from pythia_jax.interp.querying import query, query_gradient, search
+from pythia_jax.interp.querying import preconditioned_gradient, query, query_gradient, search
 
 ROOT = Path(__file__).parents[2]
 PEERS_VENV = Path(os.environ.get("PEERS_VENV", ROOT / ".venv-peers"))
@@ -72,6 +73,19 @@ def test_equal_scores_stand_by_row(index):
     assert search(twice, np.ones(2048), "cosine", 3)[1].tolist() == [0, 1, 2]
 
 
+def test_hits_name_every_document_that_a_sequence_is_made_of(config, index):
+    found = query(index, TEXT, model=index_cases.model(), top=len(index))
+    documents, served = open_dataset(config.data.train[0]), batches(config)
+    assert max(map(len, found.documents)) > 2
+    for place, (row, numbers) in enumerate(zip(found.rows, found.documents, strict=True)):
+        joined = np.concatenate([documents[number] for number in numbers])[row["offset"] :]
+        sequence = served[int(row["step"])][row["slot"]]
+        np.testing.assert_array_equal(joined[: len(sequence)], sequence)
+        assert len(joined) - len(documents[numbers[-1]]) < len(sequence)
+        s = "s" if len(numbers) > 1 else ""
+        assert f", document{s} {', '.join(map(str, numbers))}, tokens" in found.described(place)
+
+
 @pytest.mark.parametrize("which", ["index", "raw"])
 def test_a_training_row_finds_itself_first_with_score_1(config, index, raw, which):
     opened = {"index": index, "raw": raw}[which]
@@ -86,13 +100,19 @@ def test_a_training_row_finds_itself_first_with_score_1(config, index, raw, whic
     assert found.texts[0] == tokenizer.decode(row.tolist(), skip_special_tokens=False)
 
 
+@jax.jit
+def loss_gradient(params, tokens, counted):
+    losses = lambda p: pj.token_losses(p, tokens[None], index_cases.CONFIG)[0]  # noqa: E731
+    return jax.grad(lambda p: (losses(p) * counted).sum())(params)
+
+
 def whole(tree) -> dict[str, np.ndarray]:
-    """Kernels of one example as torch has them, `[layers, out, in]`."""
+    """Kernels as torch has them, `[layers, out, in]`."""
     kernels = {}
     for module in LINEAR:
         _, part, name = module.split("/")
         kernels[module] = np.asarray(tree["layers"][part][name]["kernel"], np.float64)
-    return {module: kernel[0].swapaxes(-1, -2) for module, kernel in kernels.items()}
+    return {module: kernel.swapaxes(-1, -2) for module, kernel in kernels.items()}
 
 
 def small(kernels: dict[str, np.ndarray], model) -> np.ndarray:
@@ -111,12 +131,8 @@ def test_a_completion_has_the_loss_alone(index):
     assert tokenizer is not None
     tokens = np.array(tokenizer.encode(TEXT + COMPLETION).ids)
     context = len(tokenizer.encode(TEXT).ids)
-
-    def loss(params):
-        return pj.token_losses(params, tokens[None], model.config)[0, context - 1 :].sum()
-
-    gradient = jax.tree.map(lambda leaf: leaf[None], jax.grad(loss)(model.params))
-    expected = small(whole(gradient), model)
+    counted = np.arange(1, len(tokens)) >= context
+    expected = small(whole(loss_gradient(model.params, tokens, counted)), model)
     encoded, answer_at = querying.encoded(index, TEXT, COMPLETION)
     np.testing.assert_array_equal(encoded, tokens)
     assert distance(query_gradient(index, model, encoded, answer_at), expected) < 1e-5
@@ -125,51 +141,61 @@ def test_a_completion_has_the_loss_alone(index):
     np.testing.assert_allclose(found.scores, np.sort(scores)[::-1], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_factors_precondition_the_whole_gradient_before_it_is_projected(index, tmp_path):
+@pytest.fixture(scope="module")
+def fitted(config, tmp_path_factory):
+    """Factors of a checkpoint that `gradients factors` fitted, with what they came from."""
+    folder = tmp_path_factory.mktemp("fitted")
+    pj.save_hf(index_cases.model(), folder / "hf")
+    how = {"method": "diagonal", "empirical": True, "rows": 4, "show_progress": False}
+    fit_factors_of(folder / "hf", config, START, STOP, folder / "factors", step=7, **how)
+    return folder / "factors"
+
+
+def test_factors_precondition_the_whole_gradient_before_it_is_projected(index, fitted):
     model = index_cases.model()
-    rows = index_cases.case.tokens("fit", 8)
-    fitted = factors.fit_factors(model.params, rows, model.config, method="kfac", empirical=True)
-    factors.save(fitted, tmp_path / "factors")
-    row = index_cases.case.tokens("query", 1)[0]
-    paths = [path for path in fitted.parameters if "layers/" in path]
-    raw = per_example_gradients(model.params, row[None], model.config, parameters=paths)
-    expected = small(whole(precondition(fitted, raw, 0.01)), model)
+    row, answer_at = querying.encoded(index, TEXT, COMPLETION)
+    of = factors.load(fitted).modules
+    squares = {module: np.asarray(of[module]["kernel"]).swapaxes(-1, -2) for module in LINEAR}
+    counted = np.arange(1, len(row)) >= answer_at
+    raw = whole(loss_gradient(model.params, row, counted))
+    expected = small({m: raw[m] / (squares[m] + 0.01) for m in LINEAR}, model)
     scores = np.asarray(index.gradients, np.float64) @ expected
-    found = query(index, tokens=row, model=model, factors=tmp_path / "factors", damping=0.01, top=3)
+    how = {"model": model, "factors": fitted, "damping": 0.01, "top": 3}
+    found = query(index, TEXT, completion=COMPLETION, **how)
     np.testing.assert_array_equal(found.numbers, np.argsort(-scores)[:3])
     np.testing.assert_allclose(found.scores, np.sort(scores)[::-1][:3], rtol=1e-3)
 
 
-def test_factors_of_other_weights_and_damping_without_factors_are_refused(index, tmp_path):
+def test_factors_of_other_weights_and_damping_without_factors_are_refused(index, fitted):
     model = index_cases.model()
     row = index_cases.case.tokens("query", 1)[0]
-    modules = {}
-    for name in LINEAR:
-        of_module = model.params["layers"]
-        for part in name.split("/")[1:]:
-            of_module = of_module[part]
-        modules[name] = {"kernel": np.ones(of_module["kernel"].shape, np.float32)}
-    diagonal = factors.Factors(modules, method="diagonal", rows=1, tokens=1)
-    of = {"weights": "0" * 64, "source": "elsewhere", "step": 7}
-    factors.save(diagonal, tmp_path / "factors", provenance=of)
-    with pytest.raises(ValueError, match=r"factors of other weights \(elsewhere, step 7\)"):
-        query(index, tokens=row, model=model, factors=tmp_path / "factors")
+    for dtype, told in (
+        ("float32", r"of other weights \(.*hf.* step 7\)"),
+        ("bfloat16", r"in float32 \(.*hf.* step 7\), and .* in bfloat16: give both the same"),
+    ):
+        settings = {**index.settings, "weights": "0" * 64, "computed_in": dtype}
+        other = dataclasses.replace(index, provenance={**index.provenance, "settings": settings})
+        with pytest.raises(ValueError, match=told):
+            preconditioned_gradient(other, model, row, factors=fitted)
     with pytest.raises(ValueError, match="damping goes with factors"):
         query(index, tokens=row, model=model, damping=0.1)
 
 
-@pytest.mark.slow
 def test_factors_of_projected_gradients_are_of_the_index_s_projection(index, tmp_path):
     model = index_cases.model()
-    rows = index_cases.case.tokens("fit", 8)
+    rng = np.random.default_rng(0)
     for name, dimension in (("same", 16), ("other", 4)):
-        fitted = factors.fit_factors(
-            model.params, rows, model.config, method="autocorrelation", empirical=True,
-            projection=Projection(dimension),
-        )  # fmt: skip
-        factors.save(fitted, tmp_path / name)
-    row = index_cases.case.tokens("query", 1)[0]
+        layers, size = model.config.num_hidden_layers, dimension**2
+        modules = {
+            module: {
+                "values": np.sort(rng.random((layers, size), np.float32)),
+                "vectors": np.linalg.qr(rng.normal(size=(layers, size, size)))[0].astype("f4"),
+            }
+            for module in LINEAR
+        }
+        made = factors.Factors(modules, "autocorrelation", projection=Projection(dimension))
+        factors.save(made, tmp_path / name)
+    row = querying.encoded(index, TEXT, COMPLETION)[0]
     with pytest.raises(ValueError, match=r"fitted in Projection\(dimension=4"):
         query(index, tokens=row, model=model, factors=tmp_path / "other")
     found = query(index, tokens=row, model=model, factors=tmp_path / "same", damping=0.1, top=12)
@@ -210,8 +236,10 @@ def test_an_index_of_a_model_in_memory_wants_it_given(index):
         ({}, "as a text or as tokens, and not both"),
         ({"text": TEXT, "tokens": np.arange(4)}, "and not both"),
         ({"text": "", "completion": "x"}, "needs a text before it"),
-        ({"text": "a"}, "from 2 to 33 tokens"),
-        ({"tokens": np.arange(40)}, "from 2 to 33 tokens"),
+        ({"text": "a"}, "the query is too short: .* at least two are wanted, and not 1"),
+        ({"text": ""}, "too short: .* and not 0"),
+        ({"tokens": np.arange(40)}, "too long: 40 tokens; up to 33 fit"),
+        ({"tokens": np.ones((1, 4), int)}, r"tokens of shape \(1, 4\): those of one query"),
         ({"tokens": np.arange(4), "answer_at": 4}, "answer_at 4"),
         ({"tokens": np.array([1, 256])}, "token 256 is not in the vocabulary"),
         ({"tokens": np.arange(4), "completion": "x"}, "a completion goes with a text"),
@@ -222,11 +250,11 @@ def test_bad_queries_are_refused(index, how, message):
         query(index, model=index_cases.model(), **how)
 
 
-def test_hits_are_written_as_parquet_and_csv(index, tmp_path):
+def test_hits_are_written_as_parquet_and_csv(config, index, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     found = query(index, TEXT, model=index_cases.model(), top=4)
     for name in ("hits.parquet", "hits.csv"):
-        querying.write_table(found, tmp_path / name)
+        tables.write(tmp_path / name, found.columns())
     table = parquet.read_table(tmp_path / "hits.parquet").to_pydict()
     with (tmp_path / "hits.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
@@ -236,23 +264,33 @@ def test_hits_are_written_as_parquet_and_csv(index, tmp_path):
     assert table["text"] == found.texts == [line["text"] for line in lines]
     np.testing.assert_allclose([float(line["score"]) for line in lines], found.scores, rtol=1e-6)
     with pytest.raises(ValueError, match=r"end it in \.parquet or \.csv"):
-        querying.write_table(found, tmp_path / "hits.json")
+        tables.write(tmp_path / "hits.json", found.columns())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hits.csv", "hits.parquet"]
+    # A counterfactual takes them for rows of its run wherever the data lies, in this order alone.
+    (tmp_path / "moved").mkdir()
+    moved = index_cases.packed(tmp_path / "moved")
+    prefix = config.data.train[0]
+    others = index_cases.run(prefix, {"seed": 9}), index_cases.run(prefix, steps=START)
+    for name in ("hits.parquet", "hits.csv"):
+        dropped = read_weights(tmp_path / name, moved, drop=True)
+        assert set(dropped) == set(found.rows[["step", "slot"]].tolist())
+        for changed in others:
+            with pytest.raises(ValueError, match="is a row of other data, or of another order"):
+                read_weights(tmp_path / name, changed, drop=True)
 
 
 def test_without_pyarrow_parquet_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(RuntimeError, match="not installed: pip install 'pythia-jax\\[parquet\\]'"):
-        querying.check_table(tmp_path / "hits.parquet")
+        tables.check(tmp_path / "hits.parquet")
 
 
-def test_an_index_whose_data_is_gone_still_scores(config, tmp_path, caplog):
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    run = index_cases.packed(gone)
-    built = index_cases.build(run, tmp_path / "index")
-    for path in gone.iterdir():
-        path.unlink()
+def test_an_index_whose_data_is_gone_still_scores(config, index, tmp_path, caplog):
+    shutil.copytree(index.folder, tmp_path / "index")
+    run, here = tmp_path / "index" / "run.yaml", config.data.train[0]
+    assert here in run.read_text()
+    run.write_text(run.read_text().replace(here, str(tmp_path / "gone")))
+    built = open_index(tmp_path / "index")
     model = index_cases.model()
     found = query(built, TEXT, model=model, top=2)
     assert found.texts == []
@@ -286,8 +324,9 @@ def test_an_export_to_another_disk_is_a_copy(index, tmp_path):
     assert not (tmp_path / "copy").samefile(index.folder / "info.json")
 
 
-def test_a_check_names_the_row_whose_bytes_changed(config, tmp_path):
-    built = index_cases.build(config, tmp_path / "index")
+def test_a_check_names_the_row_whose_bytes_changed(index, tmp_path):
+    shutil.copytree(index.folder, tmp_path / "index")
+    built = open_index(tmp_path / "index")
     with (built.folder / "gradients.bin").open("r+b") as file:
         file.seek(5 * 2048 * 4 + 100)
         file.write(b"\x01")

@@ -11,7 +11,10 @@ import pytest
 from reference import distance, random_params, random_tokens
 
 from pythia_jax.configs import ModelConfig, Runtime
-from pythia_jax.interp import LINEAR, collect
+from pythia_jax.interp import LINEAR, collect, per_example_gradients
+from pythia_jax.interp.chunks import kernel_gradient
+from pythia_jax.interp.factor_sums import projected_moments
+from pythia_jax.interp.projection import Projection, matrices
 from pythia_jax.model import gptneox, parameters
 from pythia_jax.model.gptneox import forward
 from pythia_jax.model.loss import loss, token_losses
@@ -103,18 +106,29 @@ def _bias_rows(module):
     return module_of(rows, module)["bias"].swapaxes(0, 1)
 
 
-@pytest.mark.slow
-def test_in_bfloat16_the_statistic_sees_bfloat16_and_gives_what_it_likes():
-    def statistic(inputs, cotangents, aux):
+def test_in_bfloat16_projections_round_only_what_they_are_made_of():
+    """An index's, a factor's and a per-example gradient's are NumPy's of one backward pass."""
+
+    def statistic(inputs, cotangents, sides):
         assert inputs.dtype == cotangents.dtype == jnp.bfloat16
-        return jnp.einsum("bsi,bso->bio", inputs, cotangents, preferred_element_type=jnp.float32)
+        moments = projected_moments(inputs, cotangents, sides)["projected"]
+        return inputs, cotangents, kernel_gradient(inputs, cotangents, sides), moments
 
     runtime = Runtime(dtype="bfloat16")
-    got = jax.jit(lambda p: collect(p, TOKENS, MICRO, statistic, runtime=runtime))(PARAMS)
-    wide = jax.jit(lambda p: collect(p, TOKENS, MICRO, kernels))(PARAMS)
-    for module, value in got.items():
-        assert value.dtype == jnp.float32
-        assert distance(value, wide[module]) <= 5e-2
+    every = matrices(Projection(4), MICRO)
+    sides = {module: every[module] for module in LINEAR}
+    run = partial(collect, statistic=statistic, aux=sides, runtime=runtime)
+    got = jax.jit(lambda p: run(p, TOKENS, MICRO))(PARAMS)
+    rows = per_example_gradients(PARAMS, TOKENS, MICRO, projection=Projection(4), runtime=runtime)
+    for module, made in got.items():
+        inputs, cotangents, of_index, moments = (np.asarray(x, np.float64) for x in made)
+        left = np.einsum("lop,lbso->lbsp", sides[module]["left"], cotangents)
+        right = np.einsum("liq,lbsi->lbsq", sides[module]["right"], inputs)
+        expected = np.einsum("lbsp,lbsq->lbpq", left, right)
+        assert distance(of_index, expected) <= 1e-6
+        assert distance(module_of(rows, module)["kernel"].swapaxes(0, 1), expected) <= 1e-6
+        each = expected.reshape(*expected.shape[:2], -1)
+        assert distance(moments, np.einsum("lbx,lby->lxy", each, each)) <= 1e-6
 
 
 def test_no_gradient_of_a_kernel_is_formed():

@@ -18,7 +18,7 @@ from pythia_jax import data
 from pythia_jax.cli import main
 from pythia_jax.cli.update import update as command
 from pythia_jax.configs import RunConfig
-from pythia_jax.interp import update_files
+from pythia_jax.interp import preflight, update_files
 from pythia_jax.interp.resuming import resumed
 from pythia_jax.interp.update_files import by_group, groups
 from pythia_jax.interp.updates import PARTS, Update, update, update_of
@@ -193,7 +193,7 @@ def test_what_is_predicted_is_what_a_short_step_does(base, before) -> None:
     # The rate is a hundredth, so that the first order is nearly all.
     rates = {"peak_learning_rate": 1e-4, "min_learning_rate": 1e-5}
     slow = replace(base, optimizer=replace(base.optimizer, **rates))
-    told = update(slow, state, data.batches(base)[STEP], rows=2)
+    told = update(state, data.batches(base)[STEP], slow, rows=2)
     assert told.rows.tolist() == [0, 2]
     change = told.losses_after - told.losses_before
     np.testing.assert_allclose(told.predicted, change, rtol=0.05)
@@ -241,19 +241,28 @@ def test_a_step_that_makes_no_update_is_refused(base, before) -> None:
     state: Any = jax.tree.map(jnp.asarray, before)
     broken = dict(state.params, embed_out={"kernel": state.params["embed_out"]["kernel"] * np.nan})
     with pytest.raises(ValueError, match="step 3 makes no update"):
-        update(base, state.replace(params=broken), data.batches(base)[STEP])
+        update(state.replace(params=broken), data.batches(base)[STEP], base)
+
+
+def test_a_step_that_does_not_fit_is_refused_with_the_numbers(base, before, monkeypatch) -> None:
+    kept = [sum(x.nbytes for x in jax.tree.leaves(of)) for of in (before, before.params)]
+    monkeypatch.setattr(preflight, "host_memory", lambda: sum(kept) - 1)
+    told = f"the state after a step, and what it changed, takes {preflight.in_bytes(sum(kept))}"
+    with pytest.raises(MemoryError, match=told):
+        update(before, data.batches(base)[STEP], base)
 
 
 def test_steps_that_are_not_there_are_refused(base, tmp_path) -> None:
     folder = base.checkpoint.directory
-    assert "no part of the run" in refused("update", folder, "--step", 8)
+    told = refused("update", folder, "--step", 8)
+    assert "step 8 is no part of the run, which has 8 steps (training.steps), from 0 on" in told
     assert "no checkpoint of step 5; there are" in refused("update", folder, "--step", 5)
     assert "is no run folder here" in refused("update", tmp_path, "--step", 1)
 
 
 def test_a_step_whose_learning_rate_is_0_changes_nothing_and_is_told_so(base, tmp_path) -> None:
     state = jax.jit(init_state, static_argnums=0)(base)
-    told = update(base, state, data.batches(base)[0], rows=1)
+    told = update(state, data.batches(base)[0], base, rows=1)
     assert told.learning_rate == 0 and not any(value.any() for value in told.change.values())
     assert np.isnan(told.cosine["embed_out/kernel"])
     update_files.write(tmp_path / "out", told, None, {})

@@ -12,7 +12,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from reference import distance
+from random_inputs import distance
 
 from pythia_jax import sharding
 from pythia_jax.configs import MeshConfig

@@ -2,16 +2,13 @@
 on one device and on a mesh; the chooser never replaces a kernel that was asked for."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from on_a_mesh import on_eight_devices
 from reference import distance
 
 from pythia_jax import sharding
@@ -183,17 +180,7 @@ def test_on_a_tpu_blocks_hold_the_scores_of_one_row_at_a_time():
 
 def test_kernels_on_a_mesh_equal_those_on_one_device_and_send_nothing():
     script = Path(__file__).with_name("kernels_on_a_mesh.py")
-    paths = os.pathsep.join([str(script.parents[1]), *sys.path])
-    wanted = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [sys.executable, script],
-        env={**os.environ, **wanted},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = on_eight_devices(script)
     assert set(report) == {"xla", "einsum", "xla on a tpu", "splash"}
     for kernel, (furthest, collectives) in report.items():
         assert furthest <= 2e-6, kernel

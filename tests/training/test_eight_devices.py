@@ -1,4 +1,4 @@
-"""What eight devices compute: the tests in `eight_devices/`, each file in a process of its own.
+"""What eight devices compute: the tests in `eight_devices/`, in two processes of their own.
 
 The number of devices is fixed when JAX starts, and the other tests want one.
 """
@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted(Path(__file__).with_name("eight_devices").glob("test_*.py"))
+FOLDER = Path(__file__).with_name("eight_devices")
+LONGEST = FOLDER / "test_meshes.py"
+OTHERS = sorted(set(FOLDER.glob("test_*.py")) - {LONGEST})
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_on_eight_devices(file: Path) -> None:
+@pytest.mark.parametrize("files", [[LONGEST], OTHERS], ids=["meshes", "others"])
+def test_on_eight_devices(files: list[Path]) -> None:
     done = subprocess.run(
         [
             sys.executable,
@@ -25,7 +27,7 @@ def test_on_eight_devices(file: Path) -> None:
             "no:cacheprovider",
             "-p",
             "no:xdist",
-            str(file),
+            *map(str, files),
         ],
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
