@@ -84,7 +84,7 @@ def start(config: RunConfig) -> TrainState:
     def wide(x: jax.Array) -> jax.Array:
         return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    state = jax.tree.map(wide, init_state(config))
+    state = jax.tree.map(wide, jax.jit(init_state, static_argnums=0)(config))
     ones = np.ones((BEFORE, BATCH))
     return trained(state, TOKENS[:BEFORE], ones, config, runtime=F64)
 

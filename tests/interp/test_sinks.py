@@ -81,7 +81,7 @@ def test_loss_weights_and_labels_are_those_of_the_loss():
     assert distance(got[LINEAR[2]], expected) <= 1e-6
 
 
-def test_every_layer_of_a_module_gets_its_own_aux_and_may_give_a_tree():
+def test_every_layer_of_a_module_gets_its_own_aux_and_may_give_a_tree(rows):
     rng = np.random.default_rng(3)
     sides = {
         LINEAR[0]: {"q": jnp.asarray(rng.standard_normal((2, 96, 5)), jnp.float32)},
@@ -97,13 +97,9 @@ def test_every_layer_of_a_module_gets_its_own_aux_and_may_give_a_tree():
         assert ("projected" in got[module]) == (module in sides)
     for module, aux in sides.items():
         bias = got[module]["projected"].sum(axis=2)  # over positions: the bias's gradient
-        expected = jnp.einsum("lbo,lop->lbp", _bias_rows(module), aux["q"])
+        by_bias = module_of(rows, module)["bias"]
+        expected = jnp.einsum("blo,lop->lbp", by_bias, aux["q"])
         assert distance(bias, expected) <= 1e-6
-
-
-def _bias_rows(module):
-    rows = per_row(lambda p, row, i: token_losses(p, row[None], MICRO).sum())
-    return module_of(rows, module)["bias"].swapaxes(0, 1)
 
 
 def test_in_bfloat16_projections_round_only_what_they_are_made_of():
