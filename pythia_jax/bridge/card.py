@@ -7,7 +7,8 @@
 - `corpus`: in words; `dataset`: its id on the hub, or several; `deduplicated`: True or False;
 - `license`: `apache-2.0` for the suite's own weights; `license_name`, `license_link`: what the hub
   wants of one that it does not know, `other`;
-- `hash.WHAT`: of data, `version.WHAT`: of a library.
+- `hash.WHAT`: of data, `version.WHAT`: of a library;
+- `quantized`: how the weights were rounded, and of what, in words.
 
 What is not there is said to be unknown, or left out; nothing is guessed.
 """
@@ -162,6 +163,7 @@ def _checkpoint(opened: Opened, config: Mapping[str, Any]) -> list[tuple[str, An
         ("Vocabulary, padding included", f"{shape.vocab_size:,}"),
         ("Positions", f"{shape.max_position_embeddings:,}"),
         ("Weights stored in", config["torch_dtype"]),
+        *([("Quantised", opened.facts["quantized"])] if "quantized" in opened.facts else []),
     ]
 
 

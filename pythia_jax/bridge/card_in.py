@@ -89,11 +89,14 @@ def _datasets(value: object) -> str | list[str] | None:
 
 
 def _told(text: str) -> dict[str, Any]:
-    """What the table of the data in a card of ours says."""
-    rows = dict(re.findall(r"^\| (Corpus|Deduplicated) \| (.*) \|\r?$", text, re.MULTILINE))
+    """What the tables in a card of ours say of the data, and of weights that were rounded."""
+    rows = dict(
+        re.findall(r"^\| (Corpus|Deduplicated|Quantised) \| (.*) \|\r?$", text, re.MULTILINE)
+    )
     facts: dict[str, Any] = {}
-    if rows.get("Corpus", "unknown") != "unknown":
-        facts["corpus"] = re.sub(r"\\([|\\<])", r"\1", rows["Corpus"])
+    for label, key in (("Corpus", "corpus"), ("Quantised", "quantized")):
+        if rows.get(label, "unknown") != "unknown":
+            facts[key] = re.sub(r"\\([|\\<])", r"\1", rows[label])
     if rows.get("Deduplicated") in ("yes", "no"):
         facts["deduplicated"] = rows["Deduplicated"] == "yes"
     return facts

@@ -209,7 +209,7 @@ def convert(
     folder = Path(target)
     if is_url(target):
         raise ValueError(f"{target}: conversions are written to folders of this machine")
-    _check_apart(source, folder)
+    check_apart(source, folder)
     files = None if tokenizer is None else hf_config.read_tokenizer(tokenizer)
     told = to != "hf" and not is_url(source) and hf_config.is_hf_folder(Path(source))
     opened = open_any(
@@ -223,10 +223,10 @@ def convert(
         opened = dataclasses.replace(opened, step=step)
     if files is not None:
         opened = dataclasses.replace(opened, tokenizer_files=files)
-    with logging_redirect_tqdm(), _shown(opened, show_progress) as shown:
+    with logging_redirect_tqdm(), shown(opened, show_progress) as watched:
         if to == "hf":
             hf_out.save(
-                shown,
+                watched,
                 folder,
                 dtype=dtype,
                 max_shard_size=max_shard_size,
@@ -234,13 +234,13 @@ def convert(
             )
         elif to == "neox":
             ranks = 1 if model_parallel is None else model_parallel
-            neox_out.save(shown, folder, dtype=dtype, model_parallel=ranks)
+            neox_out.save(watched, folder, dtype=dtype, model_parallel=ranks)
         else:
-            run_out.save(shown, folder, dtype=dtype)
+            run_out.save(watched, folder, dtype=dtype)
     return opened
 
 
-def _check_apart(source: str | os.PathLike[str], target: Path) -> None:
+def check_apart(source: str | os.PathLike[str], target: Path) -> None:
     """Refuse to write over what is read."""
     if is_url(source) or not Path(source).exists():
         return
@@ -249,11 +249,11 @@ def _check_apart(source: str | os.PathLike[str], target: Path) -> None:
 
 
 @contextmanager
-def _shown(opened: Opened, show: bool) -> Iterator[Opened]:
+def shown(opened: Opened, show: bool, what: str = "converting") -> Iterator[Opened]:
     """The checkpoint with a bar that goes on as its tensors are read."""
     total = sum(len(opened.layers(parameter)) for parameter in TABLE)
     lock, seen = threading.Lock(), set()
-    with tqdm(total=total, unit=" tensors", desc="converting", disable=not show) as bar:
+    with tqdm(total=total, unit=" tensors", desc=what, disable=not show) as bar:
 
         def read(parameter: Parameter, layer: int) -> np.ndarray:
             value = opened.read(parameter, layer)

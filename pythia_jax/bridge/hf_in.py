@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 
 from pythia_jax.bridge import card_in, torch_files
 from pythia_jax.bridge.hf_config import read_config, read_tokenizer_files
+from pythia_jax.bridge.int8 import read_dynamic, scale_name
 from pythia_jax.bridge.model import Model
-from pythia_jax.bridge.opened import CheckpointError, Opened
+from pythia_jax.bridge.opened import CheckpointError, Int8, Opened
 from pythia_jax.configs import ModelConfig
 from pythia_jax.model.parameters import TABLE, Parameter
 
@@ -31,6 +32,7 @@ EXPORTED = {
 }
 """What weights may be stored in, and what each is exported in."""
 _SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAFETENSORS |= {"I8": "int8"}
 _LARGEST_HEADER = 100_000_000
 """Bytes; the library takes no larger one (safetensors, src/tensor.rs)."""
 _BUFFER = re.compile(r"attention\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
@@ -56,16 +58,30 @@ def open_folder(folder: Path) -> Opened:
     wrongly shaped tensor, for the weights.
     """
     config = read_config(folder)
+    dynamic = read_dynamic(folder)
     tensors: dict[str, _Tensor] = {}
     for path, names in _weight_files(folder).items():
         _collect(tensors, path, names)
-    _check(folder, config, tensors)
+    scales = set() if dynamic is None else _scales(folder, tensors)
+    _check(folder, config, tensors, scales)
+
+    def stored(parameter: Parameter, layer: int) -> np.ndarray:
+        return tensors[parameter.hf_names(config)[layer]].read()
+
+    def scale(parameter: Parameter, layer: int) -> np.ndarray:
+        value = tensors[scale_name(parameter.hf_names(config)[layer])].read()
+        return value[:, 0].astype(np.float32)
 
     def read(parameter: Parameter, layer: int) -> np.ndarray:
-        value = tensors[parameter.hf_names(config)[layer]].read()
+        value = stored(parameter, layer)
+        if value.dtype == np.int8:
+            value = value * scale(parameter, layer)[:, None]
         return value.T if parameter.transposed else value
 
-    found = {EXPORTED[tensor.dtype] for tensor in tensors.values()}
+    paths = {p.path for p in TABLE if scale_name(p.hf_names(config)[0]) in scales}
+    int8 = Int8(frozenset(paths), bool(dynamic), stored, scale) if paths else None
+    floats = {tensors[n].dtype for n in tensors if n not in scales} - {"int8"}
+    found = {EXPORTED[dtype] for dtype in floats}
     return Opened(
         config=config,
         read=read,
@@ -73,6 +89,7 @@ def open_folder(folder: Path) -> Opened:
         source=str(folder),
         tokenizer_files=read_tokenizer_files(folder),
         facts=card_in.facts_of(folder),
+        int8=int8,
     )
 
 
@@ -132,7 +149,7 @@ def _collect(tensors: dict[str, _Tensor], path: Path, names: list[str] | None) -
 
 def _canonical(name: str) -> str:
     # transformers 5 calls the unembedding lm_head in memory, embed_out in its files.
-    return "embed_out.weight" if name == "lm_head.weight" else name
+    return re.sub(r"^lm_head\.", "embed_out.", name)
 
 
 def _safetensors(path: Path) -> dict[str, _Tensor]:
@@ -206,12 +223,29 @@ def _torch_tensors(path: Path) -> dict[str, _Tensor]:
     return tensors
 
 
-def _check(folder: Path, config: ModelConfig, tensors: dict[str, _Tensor]) -> None:
+def _scales(folder: Path, tensors: dict[str, _Tensor]) -> set[str]:
+    """Names of the tensors that are to hold scales, of all that are int8."""
+    scales = {scale_name(name) for name, tensor in tensors.items() if tensor.dtype == "int8"}
+    if not scales:
+        raise CheckpointError(
+            f"{folder}: config.json has a quantization_config, and none of the weights is int8"
+        )
+    return scales
+
+
+def _check(
+    folder: Path, config: ModelConfig, tensors: dict[str, _Tensor], scales: set[str]
+) -> None:
     expected: dict[str, tuple[int, ...]] = {}
     for parameter in TABLE:
         shape = parameter.shape(config)[int(parameter.stacked) :]
         shape = shape[::-1] if parameter.transposed else shape
-        expected.update(dict.fromkeys(parameter.hf_names(config), shape))
+        names = parameter.hf_names(config)
+        expected.update(dict.fromkeys(names, shape))
+        # Of layers that are stacked, all or none.
+        with_scales = [scale_name(name) for name in names]
+        if len(shape) == 2 and not scales.isdisjoint(with_scales):
+            expected.update(dict.fromkeys(with_scales, (shape[0], 1)))
     problems = []
     for label, names in (
         ("missing", expected.keys() - tensors.keys()),
@@ -223,7 +257,8 @@ def _check(folder: Path, config: ModelConfig, tensors: dict[str, _Tensor]) -> No
         tensor = tensors[name]
         if tensor.shape != expected[name]:
             problems.append(f"{name} has shape {tensor.shape}, config.json wants {expected[name]}")
-        if tensor.dtype not in EXPORTED:
+        is_int8 = tensor.dtype == "int8" and scale_name(name) in expected
+        if tensor.dtype not in EXPORTED and not is_int8:
             problems.append(f"{name} holds {tensor.dtype}, not floats")
     if problems:
         raise CheckpointError(

@@ -7,14 +7,13 @@ written as they are read, so what is in memory is one tensor, however large the 
 import json
 import logging
 import re
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
 
-from pythia_jax.bridge import angles, card, safetensors_out
+from pythia_jax.bridge import angles, card, int8, safetensors_out
 from pythia_jax.bridge.hf_config import (
     TOKENIZER_FILES,
     config_json,
@@ -22,11 +21,13 @@ from pythia_jax.bridge.hf_config import (
     published_json,
     tokenizer_files,
 )
+from pythia_jax.bridge.int8 import Scheme
 from pythia_jax.bridge.model import dtype_name, tokenizer_of
 from pythia_jax.bridge.opened import Opened
 from pythia_jax.bridge.replacing import replacing
 from pythia_jax.bridge.safetensors_out import DTYPES, Tensor
 from pythia_jax.data.tokenize import EOD_TOKEN
+from pythia_jax.model import parameters
 from pythia_jax.model.parameters import TABLE, Parameter
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ SHARD_BYTES = 5 * 10**9
 """A file of weights is no larger than this unless told otherwise; as transformers 4 cut them."""
 _WRITTEN = re.compile(
     r"README\.md|(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors"
-    r"|model\.safetensors\.index\.json|" + "|".join(map(re.escape, TOKENIZER_FILES))
+    r"|model\.safetensors\.index\.json|quantization\.json|"
+    + "|".join(map(re.escape, TOKENIZER_FILES))
 )
 """Names of the files that an export writes, and so the only ones that it may delete."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -49,6 +51,7 @@ def save(
     dtype: DTypeLike | None = None,
     max_shard_size: int | str | None = None,
     as_pythia: bool = False,
+    scheme: Scheme | None = None,
 ) -> None:
     """Write a folder that `transformers` loads: weights, config, tokenizer, model card.
 
@@ -59,6 +62,8 @@ def save(
     as_pythia: the form in which EleutherAI published the suite: `config.json` with its keys and
         its exact GELU, weights in float16 unless `dtype` says otherwise. For a model trained with
         tanh GELU that is not the function that was trained, and a warning says so.
+    scheme: what is rounded to int8 (`pythia_jax.bridge.int8`); None rounds nothing. What stays
+        in floats is in `dtype`.
 
     Written beside the target first and moved there whole; an export that was killed while it
     moved is put right by the next one. Raises ValueError for an unknown dtype, for values that
@@ -75,6 +80,8 @@ def save(
             opened.source or folder,
         )
     written_config = (published_json if as_pythia else config_json)(config, stored_as, eod)
+    if scheme is not None:
+        written_config["quantization_config"] = scheme.config_json()
     generation = {"use_cache": True}
     if eod is not None:
         generation = {"bos_token_id": eod, "eos_token_id": eod, "use_cache": True}
@@ -92,7 +99,7 @@ def save(
         return known
 
     with replacing(folder, ours) as partial:
-        _write_weights(opened, partial, stored_as, limit)
+        _write_weights(opened, partial, stored_as, limit, scheme)
         _write_json(partial / "config.json", written_config)
         _write_json(partial / "generation_config.json", generation)
         for name, content in tokenizer.items():
@@ -142,23 +149,32 @@ def shard_bytes(size: int | str) -> int:
     return count
 
 
-def _tensor(opened: Opened, parameter: Parameter, layer: int) -> Tensor:
-    """A layer of a parameter as torch holds it."""
+def _tensors(
+    opened: Opened, parameter: Parameter, layer: int, scheme: Scheme | None
+) -> list[Tensor]:
+    """A layer of a parameter as torch holds it: one tensor, or its values and scales."""
     shape = parameter.shape(opened.config)[int(parameter.stacked) :]
 
     def read() -> np.ndarray:
         value = opened.read(parameter, layer)
         return value.T if parameter.transposed else value
 
-    return Tensor(
+    tensor = Tensor(
         parameter.hf.format(layer=layer), shape[::-1] if parameter.transposed else shape, read
     )
+    return int8.tensors(tensor) if scheme and scheme.covers(parameter) else [tensor]
 
 
-def _write_weights(opened: Opened, folder: Path, dtype: str, limit: int) -> None:
-    width = DTYPES[dtype].itemsize
-    tensors = [_tensor(opened, p, layer) for p in TABLE for layer in opened.layers(p)]
-    shards = _shards(tensors, width, limit)
+def _write_weights(
+    opened: Opened, folder: Path, dtype: str, limit: int, scheme: Scheme | None
+) -> None:
+    tensors = [
+        tensor
+        for parameter in TABLE
+        for layer in opened.layers(parameter)
+        for tensor in _tensors(opened, parameter, layer, scheme)
+    ]
+    shards = _shards(tensors, dtype, limit)
     if len(shards) == 1:
         safetensors_out.write(folder / "model.safetensors", shards[0], dtype)
         return
@@ -167,22 +183,23 @@ def _write_weights(opened: Opened, folder: Path, dtype: str, limit: int) -> None
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         safetensors_out.write(folder / file, shard, dtype)
         weight_map.update((tensor.name, file) for tensor in shard)
-    count = sum(prod(tensor.shape) for tensor in tensors)
+    count = parameters.count(opened.config)
+    total = sum(tensor.size(dtype) for tensor in tensors)
     index = {
-        "metadata": {"total_parameters": count, "total_size": count * width},
+        "metadata": {"total_parameters": count, "total_size": total},
         "weight_map": dict(sorted(weight_map.items())),
     }
     _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _shards(tensors: list[Tensor], width: int, limit: int) -> list[list[Tensor]]:
+def _shards(tensors: list[Tensor], dtype: str, limit: int) -> list[list[Tensor]]:
     """Greedy shards of up to `limit` bytes; a tensor larger than that is one by itself.
 
     Cut as transformers 5 cuts them (huggingface_hub's serialization/_base.py), in its order.
     """
     shards, current, held = [], [], 0
     for tensor in sorted(tensors, key=_place):
-        size = prod(tensor.shape) * width
+        size = tensor.size(dtype)
         if size > limit:
             shards.append([tensor])
             continue

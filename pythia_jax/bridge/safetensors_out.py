@@ -23,9 +23,9 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
 _THREADS = 4
-_BLOCK = 1 << 20
+BLOCK = 1 << 20
 """Bytes turned round or cast at a time: they stay in a core's cache."""
 _STRIP = 16
 """Columns."""
@@ -35,51 +35,64 @@ _FLUSHED = 1 << 27
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor to be written. `read` gives its values, in any float dtype, when asked."""
+    """A tensor to be written. `read` gives its values when asked, in any float dtype.
+
+    dtype: its own, whatever that of the file; of int8, `read` gives just that.
+    """
 
     name: str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    dtype: str | None = None
+
+    def stored_as(self, dtype: str) -> np.dtype:
+        """Its dtype in a file of `dtype`."""
+        return np.dtype(self.dtype) if self.dtype else DTYPES[dtype]
+
+    def size(self, dtype: str) -> int:
+        """Its bytes in a file of `dtype`."""
+        return prod(self.shape) * self.stored_as(dtype).itemsize
 
 
 def write(path: Path, tensors: Sequence[Tensor], dtype: str) -> None:
-    """Write a file of tensors, all in `dtype`: float32, float16 or bfloat16.
+    """Write a file of tensors in `dtype`: float32, float16 or bfloat16; or each in its own.
 
-    Several are read at once, as long as together they are no larger than the largest of them.
+    Several are read at once, in the order of their names, as long as together they are no larger
+    than the largest of them.
 
     Raises ValueError for values that `dtype` cannot hold and for a shape other than was promised.
     """
     tensors = sorted(tensors, key=lambda tensor: tensor.name)
-    width = DTYPES[dtype].itemsize
-    sizes = [prod(tensor.shape) * width for tensor in tensors]
-    ends = np.cumsum(sizes, dtype=np.int64).tolist()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for tensor, size, end in zip(tensors, sizes, ends, strict=True):
+    end = 0
+    # As the library lays them out: wide ones first, so that each is aligned.
+    for tensor in sorted(tensors, key=lambda tensor: -tensor.stored_as(dtype).itemsize):
+        start, end = end, end + tensor.size(dtype)
         header[tensor.name] = {
-            "dtype": _CODES[dtype],
+            "dtype": _CODES[tensor.stored_as(dtype).name],
             "shape": list(tensor.shape),
-            "data_offsets": [end - size, end],
+            "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
+    data = 8 + len(text)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.flush()
-        file.truncate(start + sum(sizes))
+        file.truncate(data + end)
         waiting: deque[tuple[Future, int]] = deque()
-        in_flight, limit = 0, max(sizes, default=0)
+        in_flight, limit = 0, max((tensor.size(dtype) for tensor in tensors), default=0)
         with ThreadPoolExecutor(_THREADS) as pool:
             unflushed = 0
-            for tensor, size, end in zip(tensors, sizes, ends, strict=True):
+            for tensor in tensors:
+                size = tensor.size(dtype)
                 while waiting and in_flight + size > limit:
                     done, freed = waiting.popleft()
                     done.result()
                     in_flight -= freed
-                place = start + end - size
-                waiting.append(
-                    (pool.submit(_copy, tensor, DTYPES[dtype], file.fileno(), place), size)
-                )
+                place = data + header[tensor.name]["data_offsets"][0]
+                kind = tensor.stored_as(dtype)
+                waiting.append((pool.submit(_copy, tensor, kind, file.fileno(), place), size))
                 in_flight += size
                 unflushed += size
                 if unflushed >= _FLUSHED:
@@ -98,7 +111,7 @@ def _copy(tensor: Tensor, dtype: np.dtype, file: int, place: int) -> None:
         _write(value, file, place)
         return
     row = max(1, prod(value.shape[1:])) * dtype.itemsize
-    step = max(1, _BLOCK // row)
+    step = max(1, BLOCK // row)
     for first in range(0, len(value), step):
         block = value[first : first + step]
         _write(rounded(tensor.name, block, dtype), file, place + first * row)

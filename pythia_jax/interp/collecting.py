@@ -12,6 +12,7 @@ from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.model.gptneox import AnyArray, check_rows, hidden_states
 from pythia_jax.model.loss import hidden_gradient
 from pythia_jax.model.parameters import TABLE, Params
+from pythia_jax.model.quantize import check_floats
 from pythia_jax.model.sinks import Sink, Statistic
 from pythia_jax.model.sites import site_shape
 
@@ -102,6 +103,7 @@ def backward(
     whether to differentiate the site `embed`.
     """
     check_rows(tokens, config)
+    check_floats(params)
     tokens, labels, weights = _targets(tokens, labels, loss_weights, params, runtime)
     batch, seq = tokens.shape
     dtype = jnp.dtype(runtime.dtype or params["embed_in"]["embedding"].dtype)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig, Runtime
+from pythia_jax.model import quantize
 from pythia_jax.model.attention import exact
 from pythia_jax.model.gptneox import (
     AnyArray,
@@ -255,7 +256,8 @@ def translate(
 
 def gathered(params: Params) -> Params:
     """The unembedding with its hidden axis whole: once, and not in every chunk."""
-    kernel = sharding.constrain(params["embed_out"]["kernel"], ("stream", "vocab"))
+    kernel = quantize.kernel(params["embed_out"]["kernel"])
+    kernel = sharding.constrain(kernel, ("stream", "vocab"))
     return {"embed_out": {"kernel": kernel}}
 
 

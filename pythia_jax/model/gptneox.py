@@ -5,6 +5,7 @@ states run through a scan over the stacked layers (or a loop, `Runtime.scan_laye
 named sites of `pythia_jax.model.sites`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import overload
@@ -17,8 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig, Runtime
-from pythia_jax.model import attention, sinks
+from pythia_jax.model import attention, quantize, sinks
 from pythia_jax.model.parameters import Parameter, Params, map_parameters
+from pythia_jax.model.quantize import Quantized
 from pythia_jax.model.sites import SPLIT_READERS, Capture, Edits, Hooks, LayerHooks, Taps
 
 AnyArray = Array | np.ndarray
@@ -159,6 +161,8 @@ def check_rows(tokens: AnyArray, config: ModelConfig) -> None:
 def embed(params: Params, tokens: Int[AnyArray, "*rows"]) -> Float[Array, "*rows hidden"]:
     """Rows of the embedding; NaN for an id that it does not have."""
     table = params["embed_in"]["embedding"]
+    if isinstance(table, Quantized):
+        return quantize.rows(table, jnp.asarray(tokens))
     # Gathered in its own dtype, then widened: the gradient of a frequent token has many summands.
     gathered = sharding.constrain(table, ("vocab", "stream"))
     wide = gathered.astype(jnp.promote_types(table.dtype, jnp.float32))
@@ -212,7 +216,7 @@ def queries_keys_values(
     heads, size = config.num_attention_heads, config.head_size
     if site.wants(*SPLIT_READERS):
         # Every head reads a copy of the stream of its own, so that edges can be told apart.
-        kernel = qkv["kernel"].reshape(config.hidden_size, heads, 3, size)
+        kernel = quantize.kernel(qkv["kernel"]).reshape(config.hidden_size, heads, 3, size)
         bias = qkv["bias"].reshape(heads, 3, size)
         copies = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], heads, config.hidden_size))
         split = []
@@ -230,7 +234,10 @@ def queries_keys_values(
 
 def unembed(params: Params, hidden: Float[Array, "*rows hidden"]) -> Float[Array, "*rows vocab"]:
     """Logits, at least float32."""
-    kernel = params["embed_out"]["kernel"].astype(hidden.dtype)
+    kernel = params["embed_out"]["kernel"]
+    if isinstance(kernel, Quantized):
+        return quantize.matmul(hidden, kernel)
+    kernel = kernel.astype(hidden.dtype)
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     return jnp.matmul(
         hidden, kernel, precision=attention.exact(hidden), preferred_element_type=wide
@@ -244,7 +251,9 @@ def dense(x: Float[Array, "*rows in"], weights: Params) -> Float[Array, "*rows o
     return _affine(x, weights["kernel"], weights["bias"])
 
 
-def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+def _affine(x: jax.Array, kernel: jax.Array | Quantized, bias: jax.Array) -> jax.Array:
+    if isinstance(kernel, Quantized):
+        return (quantize.matmul(x, kernel) + bias).astype(x.dtype)
     # As matrices: of a product of three-dimensional arrays, XLA's CPU compiler writes out a
     # transposed copy for the kernel's gradient; of matrices it folds the transpose away.
     rows = x.reshape(-1, x.shape[-1])
@@ -272,11 +281,25 @@ def cast(params: Params, runtime: Runtime) -> Params:
     if runtime.dtype is None:
         return params
 
-    def leaf(parameter: Parameter, value: jax.Array) -> jax.Array:
+    def leaf(parameter: Parameter, value: jax.Array | Quantized) -> jax.Array | Quantized:
+        if isinstance(value, Quantized):
+            return dataclasses.replace(value, dtype=jnp.dtype(runtime.dtype))
         kept = parameter.path == "embed_out/kernel" or "norm/" in parameter.path
         return value if kept else value.astype(runtime.dtype)
 
     return map_parameters(leaf, params)
+
+
+def unstacked(params: Params) -> Params:
+    """The tree with each layer's parameters in arrays of their own, a tuple of trees as `layers`.
+
+    For decoding, which reads all weights for a few tokens: a layer cut out of stacked arrays is
+    copied first.
+    """
+    stacked = params["layers"]
+    count = len(jax.tree.leaves(stacked)[0])
+    layers = tuple(jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(count))
+    return {**params, "layers": layers}
 
 
 def _remat_policy(remat: str) -> Callable[..., bool]:

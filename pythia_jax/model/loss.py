@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig, Runtime
+from pythia_jax.model import quantize
 from pythia_jax.model.attention import exact
 from pythia_jax.model.gptneox import AnyArray, check_rows, hidden_states
 from pythia_jax.model.parameters import Params
@@ -89,7 +90,7 @@ def _inputs(
     hidden, _ = hidden_states(
         params, tokens[:, :-1], config, taps=taps, edits=edits, runtime=runtime
     )
-    return hidden, params["embed_out"]["kernel"], jnp.asarray(tokens[:, 1:])
+    return hidden, quantize.kernel(params["embed_out"]["kernel"]), jnp.asarray(tokens[:, 1:])
 
 
 def token_cross_entropy(

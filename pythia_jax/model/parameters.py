@@ -8,7 +8,7 @@ Parameters are a plain nested dict; those of the layers are stacked on a leading
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -72,6 +72,14 @@ class Parameter:
         """Whether every model-parallel rank of GPT-NeoX adds a copy of its own: biases of layers
         cut along their input, whose sum is the bias (gpt-neox#962)."""
         return self.path in ("layers/attention/dense/bias", "layers/mlp/dense_4h_to_h/bias")
+
+    @property
+    def int8(self) -> tuple["Parameter", "Parameter"]:
+        """The axes of a matrix's values and scales where it is a `Quantized`: of a kernel, the
+        output channels before the input's."""
+        *layers, rows, columns = self.axes
+        turned = (columns, rows) if self.transposed else (rows, columns)
+        return replace(self, axes=(*layers, *turned)), replace(self, axes=(*layers, turned[0]))
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         return tuple(_WIDTH[axis](config) for axis in self.axes)

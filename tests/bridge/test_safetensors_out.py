@@ -39,7 +39,7 @@ def test_file_is_the_librarys_own_byte_for_byte(dtype, tmp_path):
 
 @pytest.mark.parametrize("block", [1, 1000, 1 << 20])
 def test_transposed_and_strided_values_are_written_in_rows(block, tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_out, "_BLOCK", block)
+    monkeypatch.setattr(safetensors_out, "BLOCK", block)
     value = arrays()["b.weight"]
     write(tmp_path / "ours", tensors({"turned": value.T, "some": value[::3, 1::2]}), "float32")
     found = load_file(tmp_path / "ours")
@@ -61,7 +61,7 @@ def test_values_are_rounded_as_torch_rounds_them(source, target, tmp_path):
 @pytest.mark.parametrize("block", [100, 1 << 20])
 @pytest.mark.parametrize(("dtype", "value"), [("float16", 65520.0), ("bfloat16", 3.4e38)])
 def test_values_that_the_dtype_cannot_hold_are_an_error(dtype, value, block, tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_out, "_BLOCK", block)
+    monkeypatch.setattr(safetensors_out, "BLOCK", block)
     values = arrays()
     values["b.weight"][90, 3] = -value
     with pytest.raises(ValueError, match=rf"b\.weight holds .*which {dtype} cannot.*float32"):
