@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from pythia_jax import data, interp
     from pythia_jax.bridge import load, save_hf
     from pythia_jax.bridge.model import Model
+    from pythia_jax.bridge.quantize import quantize
     from pythia_jax.configs import ModelConfig, RunConfig, Runtime
     from pythia_jax.configs import load as load_config
-    from pythia_jax.model.decode import generate
+    from pythia_jax.model.generation import generate
     from pythia_jax.model.gptneox import forward
     from pythia_jax.model.loss import loss, token_losses
     from pythia_jax.model.parameters import init_parameters
@@ -28,11 +29,12 @@ _HOMES = {
     "load": ("pythia_jax.bridge", "load"),
     "save_hf": ("pythia_jax.bridge", "save_hf"),
     "Model": ("pythia_jax.bridge.model", "Model"),
+    "quantize": ("pythia_jax.bridge.quantize", "quantize"),
     "ModelConfig": ("pythia_jax.configs", "ModelConfig"),
     "RunConfig": ("pythia_jax.configs", "RunConfig"),
     "Runtime": ("pythia_jax.configs", "Runtime"),
     "load_config": ("pythia_jax.configs", "load"),
-    "generate": ("pythia_jax.model.decode", "generate"),
+    "generate": ("pythia_jax.model.generation", "generate"),
     "forward": ("pythia_jax.model.gptneox", "forward"),
     "interp": ("pythia_jax.interp", None),
     "loss": ("pythia_jax.model.loss", "loss"),
@@ -53,6 +55,7 @@ __all__ = [
     "load",
     "load_config",
     "loss",
+    "quantize",
     "save_hf",
     "token_losses",
 ]

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Top to bottom; the rooms of one floor do not import each other.
 FLOORS = (
     {"cli"},
-    {"quickstart"},
+    {"prompts", "quickstart"},
     {"evaluation", "interp"},
     {"bridge"},
     {"training"},

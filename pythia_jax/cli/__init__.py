@@ -15,16 +15,15 @@ from pythia_jax.cli.bridge import convert, tell
 from pythia_jax.cli.counterfactual import counterfactual
 from pythia_jax.cli.data import data
 from pythia_jax.cli.evaluate import evaluate, sweep
+from pythia_jax.cli.generate import generate
 from pythia_jax.cli.gradients import gradients
 from pythia_jax.cli.intervene import intervene
 from pythia_jax.cli.lens import lens
 from pythia_jax.cli.memorization import memorization
 from pythia_jax.cli.options import (
-    CHECKPOINT,
     CONFIG_HELP,
     DOTTED,
     EXPECTED,
-    MODEL,
     POD,
     dotted,
     in_pod,
@@ -32,6 +31,7 @@ from pythia_jax.cli.options import (
 )
 from pythia_jax.cli.plan import plan
 from pythia_jax.cli.plots import plot
+from pythia_jax.cli.quantize import quantize
 from pythia_jax.cli.term_frequency import term_frequency
 from pythia_jax.cli.update import update
 
@@ -226,28 +226,6 @@ def _run_of(ctx: click.Context, config: Path | None, given: dict[str, Any]) -> A
     return configs.overridden(read.run, {**overrides, **flags}, str(files[-1]))
 
 
-@main.command()
-@MODEL
-@click.argument("prompt")
-@click.option("--max-new-tokens", type=int, default=20, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int)
-@click.option("--top-p", type=float)
-@click.option("--seed", type=int, default=0, show_default=True)
-@CHECKPOINT
-def generate(
-    model: str, prompt: str, revision: str | None, step: int | None, **settings: Any
-) -> None:
-    """Continue PROMPT with MODEL: a hub id (70m), or a folder of any kind (gs:// too)."""
-    import pythia_jax as pj
-
-    loaded = pj.load(model, revision=revision, step=step)
-    if loaded.tokenizer is None:
-        raise click.ClickException(f"{model}: has no tokenizer, so a prompt cannot be read")
-    (new,) = pj.generate(loaded, [prompt], **settings)
-    click.echo(prompt + loaded.tokenizer.decode(new))
-
-
 for command in (
     activations,
     attribute,
@@ -256,12 +234,14 @@ for command in (
     counterfactual,
     data,
     evaluate,
+    generate,
     gradients,
     intervene,
     lens,
     memorization,
     plan,
     plot,
+    quantize,
     sweep,
     term_frequency,
     update,

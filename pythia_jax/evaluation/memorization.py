@@ -35,11 +35,11 @@ from pythia_jax import sharding
 from pythia_jax.bridge import Model
 from pythia_jax.bridge.computed_on import computed_on
 from pythia_jax.bridge.revisions import load_at, open_at
-from pythia_jax.configs import MeshConfig, ModelConfig, RunConfig
+from pythia_jax.configs import MeshConfig, ModelConfig, RunConfig, Runtime
 from pythia_jax.data import Batches, batches
 from pythia_jax.evaluation import memorization_files as files
 from pythia_jax.evaluation import training_rows
-from pythia_jax.model.decode import greedy
+from pythia_jax.model.decode import greedy, serving
 from pythia_jax.model.gptneox import AnyArray
 from pythia_jax.model.parameters import Params
 
@@ -289,12 +289,13 @@ def _matches(
     """How many tokens of each row's continuation were recited; one block is always under way."""
     mesh = jax.sharding.get_mesh()
     place = None if mesh.empty else sharding.sharding(mesh, ("batch", "seq"))
+    params = serving(model.params, Runtime())
     before: tuple[jax.Array, int] | None = None
     for rows in blocks:
         filled = np.zeros((block, rows.shape[1]), np.int32)
         filled[: len(rows)] = rows
         given = jax.device_put(filled, place)
-        now = _recited(model.params, given, model.config, prompt_length, model.eod), len(rows)
+        now = _recited(params, given, model.config, prompt_length, model.eod), len(rows)
         if before is not None:
             yield np.asarray(before[0])[: before[1]]
         before = now

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from pythia_jax import sharding
@@ -31,16 +30,16 @@ from pythia_jax.bridge.model import Model
 from pythia_jax.configs import MeshConfig, ModelConfig, Runtime
 from pythia_jax.evaluation import packing
 from pythia_jax.evaluation.packing import Batch, Request
-from pythia_jax.model import decode, parameters
+from pythia_jax.model import generation, parameters, quantize
 from pythia_jax.model.attention import exact
+from pythia_jax.model.generation import CHECKED_STEPS
 from pythia_jax.model.gptneox import hidden_states
 from pythia_jax.model.parameters import Params
+from pythia_jax.model.sampling import Sampling
+from pythia_jax.model.serving import MOST_STEPS, Row, serve
 
 AHEAD = 2
 """Batches under way before the results of the oldest are waited for."""
-BLOCK = 32
-"""New tokens after which it is asked whether a row is finished. One number, so that the programs of
-a generation differ in their width alone."""
 
 
 class Scorer:
@@ -117,7 +116,7 @@ class Scorer:
         By the very same description of where that is: to `jax.jit` another one, though it means the
         same, is another program.
         """
-        return jax.device_put(params, parameters.shardings(self.mesh))
+        return jax.device_put(params, quantize.shardings(params, self.mesh))
 
     def loglikelihoods(
         self, requests: Sequence[Request], progress: bool = False
@@ -210,59 +209,39 @@ class Scorer:
         """The likeliest next tokens of each prompt, one after the other.
 
         stop_at_eod: end a row with its first end-of-document token, which is returned. finished:
-            asked every now and then whether a row's new tokens are enough; a row may get more.
+            asked every few tokens whether a row's new tokens are enough; a row may get more.
 
         Raises ValueError for an empty prompt, and one that does not fit the context together with
         max_new_tokens.
         """
-        model = _Weights(self.params, self.config, self.model.eod if stop_at_eod else -1)
+        generation.check_prompts(prompts, self.config, max_new_tokens)
         new: list[list[int]] = [[] for _ in prompts]
-        left = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        done = 0
+        if not prompts:
+            return new
+
+        def look(row: Row) -> None:
+            if row.ended is None and finished is not None and finished(row.tokens):
+                row.ended = "stop"
+
+        longest = max(map(len, prompts)) + max_new_tokens
         bar = tqdm(total=len(prompts), disable=not progress, unit="prompt")
         with bar, jax.set_mesh(self.mesh):
-            while left and done < max_new_tokens:
-                room = max_new_tokens - done
-                block = room if finished is None else min(BLOCK, room)
-                unfinished = []
-                while left:
-                    longest = len(prompts[left[0]]) + done
-                    width, count = self._generating(longest, block, finished is not None)
-                    rows, left = left[:count], left[count:]
-                    texts = [[*prompts[i], *new[i]] for i in rows]
-                    # Filled up, so that no program is compiled for fewer rows, or a width between.
-                    texts += texts[-1:] * (count - len(rows))
-                    texts += [[0] * width] * (self.shards if finished is not None else 0)
-                    made = decode.generate(
-                        model, texts, max_new_tokens=block, temperature=0.0, runtime=self.runtime
-                    )
-                    for i, tokens in zip(rows, made, strict=False):
-                        new[i] += tokens
-                        ended = tokens[-1:] == [model.eod]
-                        if ended or (finished is not None and finished(new[i])):
-                            bar.update()
-                        else:
-                            unfinished.append(i)
-                left, done = unfinished, done + block
-            bar.update(len(left))
+            rows = serve(
+                self.params,
+                self.config,
+                [Row(i, prompt) for i, prompt in enumerate(prompts)],
+                Sampling(),
+                max_new_tokens=max_new_tokens,
+                eod=self.model.eod if stop_at_eod else -1,
+                batch_size=self._rows_of(longest),
+                runtime=self.runtime,
+                steps=MOST_STEPS if finished is None else CHECKED_STEPS,
+                look=look,
+            )
+            for row in rows:
+                new[row.index] = row.tokens
+                bar.update()
         return new
-
-    def _generating(self, longest: int, block: int, coarse: bool) -> tuple[int, int]:
-        """Width of prompts up to `longest`, and their rows. coarse: a power of two, if it fits."""
-        limit = self.config.max_position_embeddings
-        width = max(32, 1 << (longest - 1).bit_length()) if coarse else longest
-        width = max(min(width, limit - block), longest)
-        return width, self._rows_of(packing.width_of(width + block, limit))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Weights:
-    """What `decode.generate` takes for a model."""
-
-    params: Params
-    config: ModelConfig
-    eod: int
-    tokenizer: Tokenizer | None = None
 
 
 def _mesh() -> Mesh:
@@ -291,7 +270,7 @@ def _score(
     axes = ("batch", "seq", "stream")
     hidden = sharding.constrain(hidden.reshape(slots.shape[0], -1, hidden.shape[-1]), axes)
     # Gathered once, before the loop; left to the compiler, in every round of it.
-    kernel = params["embed_out"]["kernel"].astype(hidden.dtype)
+    kernel = quantize.kernel(params["embed_out"]["kernel"]).astype(hidden.dtype)
     kernel = sharding.constrain(kernel, ("stream", "vocab"))
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig, Runtime
@@ -249,18 +249,3 @@ def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, start: int) -> jax.A
 def exact(x: jax.Array) -> jax.lax.Precision | None:
     """Full precision for float32 and wider, which TPUs and GPUs otherwise round on the way in."""
     return jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None
-
-
-def attend_cached(
-    q: Float[Array, "batch 1 heads head"],
-    k: Float[Array, "batch slots heads head"],
-    v: Float[Array, "batch slots heads head"],
-    visible: Bool[Array, "batch slots"],
-) -> Float[Array, "batch 1 heads head"]:
-    """One query a row against the visible slots of a cache."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    q = q * (q.shape[-1] ** -0.5)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide, precision=exact(q))
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(wide).min)
-    pattern = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", pattern, v, precision=exact(q))

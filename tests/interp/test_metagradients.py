@@ -252,7 +252,7 @@ def test_influence_foretells_what_leaving_rows_out_does() -> None:
     """The benchmark's own task: 1.2 M parameters, batch 16, 20 steps, 104 rows, 3 queries."""
     script = Path(__file__).parents[2] / "benchmarks" / "leave_one_out.py"
     loo = SimpleNamespace(**runpy.run_path(str(script)))
-    config = loo.make_config(width=224, layers=2, batch=16, seq=128, rate=3e-4)
+    config = loo.make_config(width=224, layers=2, batch=16, seq=128, rate=1e-4)
     task = loo.make_task(config, start=400, steps=20, queries=3)
     truth, foretold, _ = loo.compare(task, 104, {"metagradient": loo.by_metagradient})
     assert (truth.std(axis=1) > 10 * loo.noise(task)).all(), "nothing but rounding was compared"

@@ -1,192 +1,108 @@
-"""Generation with the cache against transformers' generate and against the forward pass."""
+"""Prefill and decode with the cache against the forward pass without it."""
 
-from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from numpy.typing import ArrayLike
-from reference import hf_model, random_params
-from tokenizers import Tokenizer
+from random_inputs import distance, random_params, random_tokens
 
-import pythia_jax as pj
 from pythia_jax.configs import ModelConfig, Runtime
-from pythia_jax.model import decode
+from pythia_jax.model import cache, decode, gptneox
+from pythia_jax.model.parameters import Parameter, Params, map_parameters
+from pythia_jax.model.quantize import Quantized, quantize
 
 CONFIG = ModelConfig(
     hidden_size=48,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=3,
     vocab_size=130,
-    max_position_embeddings=128,
+    max_position_embeddings=64,
 )
-PROMPTS = [list(range(5, 12)), [7], list(range(40, 73)), [3] * 17]
+START = np.array([3, 9, 1])
+"""Tokens of each row that are given; the rest come one by one."""
 
 
-@dataclass
-class Bare:
-    """The least that `generate` asks of a model."""
-
-    params: dict
-    config: ModelConfig
-    tokenizer: Tokenizer | None = None
-    eod: int = 0
-
-
-def sharp(config: ModelConfig = CONFIG) -> Bare:
-    """A random model whose favourites stand out from rounding."""
-    params = random_params(config)
-    params["embed_out"]["kernel"] = params["embed_out"]["kernel"] * 5
-    return Bare(params, config)
-
-
-@pytest.mark.parametrize("parallel", [True, False])
-def test_greedy_tokens_are_those_of_transformers(parallel: bool) -> None:
-    config = ModelConfig(**{**vars(CONFIG), "use_parallel_residual": parallel})
-    model = sharp(config)
-    reference = hf_model(model.params, config)
-    ours = pj.generate(model, PROMPTS, max_new_tokens=40, temperature=0.0)
-    for prompt, new in zip(PROMPTS, ours, strict=True):
-        theirs = cast(Any, reference).generate(
-            torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=0
-        )
-        assert new == theirs[0, len(prompt) :].tolist()
-
-
-@pytest.mark.parametrize("runtime", [Runtime(scan_layers=False), Runtime(attention="einsum")])
-def test_the_runtime_changes_no_token(runtime: Runtime) -> None:
-    model = sharp()
-    plain = pj.generate(model, PROMPTS, max_new_tokens=20, temperature=0.0)
-    assert pj.generate(model, PROMPTS, max_new_tokens=20, temperature=0.0, runtime=runtime) == plain
-
-
-def test_a_row_does_not_depend_on_its_company() -> None:
-    model = sharp()
-    together = pj.generate(model, PROMPTS, max_new_tokens=20, temperature=0.0)
-    alone = [pj.generate(model, [p], max_new_tokens=20, temperature=0.0)[0] for p in PROMPTS]
-    assert together == alone
-
-
-def test_a_row_ends_with_the_end_of_document_and_the_others_go_on() -> None:
-    model = sharp()
-    free = pj.generate(model, PROMPTS, max_new_tokens=20, temperature=0.0)
-    stop = free[0][4]
-    model.eod = stop
-    for row, cut in zip(
-        free, pj.generate(model, PROMPTS, max_new_tokens=20, temperature=0.0), strict=True
-    ):
-        assert cut == (row[: row.index(stop) + 1] if stop in row else row)
-
-
-def test_cached_hidden_states_equal_the_forward_pass() -> None:
-    model, tokens = sharp(), np.array([[5, 9, 100, 3, 77, 2]], np.int32)
-    whole = pj.forward(model.params, tokens, CONFIG)
-    _, keys, values = decode.prefill(model.params, tokens[:, :3], CONFIG, Runtime(), 6)
-    for position in (3, 4, 5):
-        hidden, keys, values = decode.decode_step(
-            model.params,
-            jnp.asarray(tokens[:, position]),
-            jnp.array([position]),
-            keys,
-            values,
-            CONFIG,
-            Runtime(),
-        )
-        logits = hidden @ model.params["embed_out"]["kernel"]
-        np.testing.assert_allclose(logits, whole[:, position], atol=2e-5)
-
-
-def test_a_seed_decides_what_is_drawn() -> None:
-    model = sharp()
-    draws = [
-        pj.generate(model, PROMPTS, max_new_tokens=15, temperature=1.5, seed=seed)
-        for seed in (1, 1, 2)
-    ]
-    assert draws[0] == draws[1] != draws[2]
-
-
-def frequencies(
-    logits: ArrayLike,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    draws: int = 20_000,
-) -> np.ndarray:
-    rows = jnp.tile(jnp.asarray(logits, jnp.float32), (draws, 1))
-    drawn = decode.sample(
-        rows,
-        jax.random.key(0),
-        jnp.float32(temperature),
-        jnp.float32(1.0 if top_p is None else top_p),
-        ("sample", top_k, top_p is not None),
-    )
-    return np.bincount(np.asarray(drawn), minlength=4) / draws
-
-
-LOGITS = np.log([0.5, 0.25, 0.15, 0.1])
-
-
-def test_samples_follow_the_softmax_at_a_temperature() -> None:
-    np.testing.assert_allclose(frequencies(LOGITS), np.exp(LOGITS), atol=0.02)
-    cold = np.exp(LOGITS / 0.5)
-    np.testing.assert_allclose(frequencies(LOGITS, 0.5), cold / cold.sum(), atol=0.02)
-
-
-def test_top_k_keeps_the_k_likeliest() -> None:
-    np.testing.assert_allclose(frequencies(LOGITS, top_k=2), [2 / 3, 1 / 3, 0, 0], atol=0.02)
-    np.testing.assert_allclose(frequencies(LOGITS, top_k=99), np.exp(LOGITS), atol=0.02)
-
-
-@pytest.mark.parametrize(("top_p", "kept"), [(0.4, 1), (0.6, 2), (0.74, 2), (0.8, 3), (1.0, 4)])
-def test_top_p_keeps_the_fewest_that_reach_p(top_p: float, kept: int) -> None:
-    expected = np.where(np.arange(4) < kept, np.exp(LOGITS), 0)
-    np.testing.assert_allclose(
-        frequencies(LOGITS, top_p=top_p), expected / expected.sum(), atol=0.02
-    )
+def decoded(
+    params: Params, tokens: np.ndarray, dtype: str, runtime: Runtime = Runtime()
+) -> list[tuple[np.ndarray, jax.Array]]:
+    """Positions and logits, step after step, of rows whose prompts are of unequal length."""
+    batch, width = tokens.shape
+    served = decode.serving(params, runtime)
+    _, found = decode.prefill(served, tokens[:, : START.max()], CONFIG, runtime)
+    caches = cache.empty(CONFIG, batch, width, dtype)
+    caches = cache.fill(caches, found, np.arange(batch))
+    step = jax.jit(partial(decode.step, config=CONFIG))
+    made = []
+    for position in START + np.arange(width - START.max())[:, None]:
+        token = tokens[np.arange(batch), position]
+        hidden, caches = step(served, jnp.asarray(token), jnp.asarray(position), caches)
+        made.append((position, gptneox.unembed(served, hidden)))
+    return made
 
 
 @pytest.mark.parametrize(
-    ("prompts", "settings", "message"),
-    [
-        ([[]], {}, "prompt 0 is empty"),
-        ([[1], [130]], {}, "prompt 1: token 130 is not in the vocabulary of 130"),
-        ([[-1]], {}, "token -1"),
-        ([[1] * 120], {"max_new_tokens": 9}, "do not fit the context of 128"),
-        (["text"], {}, "no tokenizer"),
-        ([[1]], {"temperature": -1.0}, "temperature must be at least 0"),
-        ([[1]], {"top_p": 0.0}, "top_p must be more than 0"),
-        ([1, 2], {}, "neither text nor a list"),
-        ([[1.7]], {}, "neither text nor a list"),
-        ([[1]], {"seed": -1}, "seed must be from 0"),
-        ([[1]], {"top_k": 0}, "top_k must be at least 1"),
-        ([[1]], {"max_new_tokens": -1}, "max_new_tokens must be at least 0"),
-    ],
+    ("dtype", "error"), [("float32", 1e-6), ("bfloat16", 0.01), ("int8", 0.02)]
 )
-def test_bad_input_is_one_clear_error(prompts: list, settings: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        pj.generate(sharp(), prompts, **{"max_new_tokens": 4, **settings})
+def test_logits_with_the_cache_are_those_without(dtype: str, error: float) -> None:
+    params, tokens = random_params(CONFIG), random_tokens(CONFIG, 3, 25)
+    whole = np.asarray(gptneox.forward(params, tokens, CONFIG))
+    for position, logits in decoded(params, tokens, dtype):
+        assert distance(logits, whole[np.arange(3), position]) < error
 
 
-def test_nothing_asked_for_gives_nothing_and_the_context_can_be_filled() -> None:
-    model = sharp()
-    assert pj.generate(model, [[1], [2]], max_new_tokens=0) == [[], []]
-    assert pj.generate(model, []) == []
-    model.eod = -1  # never reached
-    (full,) = pj.generate(model, [[1] * 120], max_new_tokens=8, temperature=0.0)
-    assert len(full) == 8
+def test_a_cache_in_int8_takes_the_bytes_that_it_says() -> None:
+    kept, plain = (cache.empty(CONFIG, 2, 32, dtype) for dtype in ("int8", "float32"))
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(each)) for each in (kept, plain)]
+    assert sizes[0] / sizes[1] == (16 + 4) / (16 * 4)
 
 
-def test_prompts_of_every_length_are_taken() -> None:
-    widths = {decode._round_up(length) for length in range(1, 2049)}
-    assert all(decode._round_up(length) >= length for length in range(1, 2049))
-    assert len(widths) < 40
+def test_computing_in_bfloat16_is_the_forward_pass_in_bfloat16() -> None:
+    params, tokens = random_params(CONFIG), random_tokens(CONFIG, 3, 20)
+    runtime = Runtime(dtype="bfloat16")
+    whole = np.asarray(gptneox.forward(params, tokens, CONFIG, runtime=runtime))
+    assert decode.dtype_of(decode.serving(params, runtime)) == "bfloat16"
+    for position, logits in decoded(params, tokens, "bfloat16", runtime):
+        assert distance(logits, whole[np.arange(3), position]) < 0.01
 
 
-def test_bfloat16_picks_what_its_forward_pass_picks() -> None:
-    model, runtime = sharp(), Runtime(dtype="bfloat16")
-    (new,) = pj.generate(model, [[5, 9]], max_new_tokens=1, temperature=0.0, runtime=runtime)
-    logits = pj.forward(model.params, np.array([[5, 9]]), CONFIG, runtime=runtime)
-    assert new == [int(logits[0, -1].argmax())]
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_weights_in_int8_decode_as_their_forward_pass(dynamic: bool) -> None:
+    def leaf(parameter: Parameter, value: jax.Array) -> jax.Array | Quantized:
+        if len(parameter.axes) - parameter.stacked < 2:
+            return value
+        turned = np.asarray(value).swapaxes(-1, -2) if parameter.transposed else np.asarray(value)
+        values, scale = quantize(turned)
+        return Quantized(jnp.asarray(values), jnp.asarray(scale), dynamic)
+
+    params, tokens = map_parameters(leaf, random_params(CONFIG)), random_tokens(CONFIG, 3, 20)
+    whole = np.asarray(gptneox.forward(params, tokens, CONFIG))
+    for position, logits in decoded(params, tokens, "float32"):
+        # Activations are rounded too, a little otherwise after other sums.
+        assert distance(logits, whole[np.arange(3), position]) < (0.01 if dynamic else 2e-4)
+
+
+def test_layers_served_on_a_cpu_are_no_copies() -> None:
+    params = random_params(CONFIG)
+    stacked = params["layers"]["mlp"]["dense_h_to_4h"]["kernel"]
+    served = decode.serving(params, Runtime())["layers"]
+    size = stacked.nbytes // CONFIG.num_hidden_layers
+    for i, layer in enumerate(served):
+        kernel = layer["mlp"]["dense_h_to_4h"]["kernel"]
+        np.testing.assert_array_equal(kernel, stacked[i])
+        at = kernel.unsafe_buffer_pointer() - stacked.unsafe_buffer_pointer()
+        assert at == i * size
+
+
+def test_greedy_in_step_never_picks_what_it_must_not() -> None:
+    params, tokens = random_params(CONFIG), random_tokens(CONFIG, 4, 7)
+    served = decode.serving(params, Runtime())
+    run = partial(jax.jit, static_argnames="never")(
+        partial(decode.greedy, config=CONFIG, new_tokens=9)
+    )
+    never = int(run(served, tokens)[0, 0])
+    rows = np.asarray(run(served, tokens, never=never))
+    whole = np.concatenate([tokens, rows], axis=1)
+    logits = gptneox.forward(params, whole, CONFIG)[:, 6:-1].at[..., never].set(-jnp.inf)
+    np.testing.assert_array_equal(rows, logits.argmax(axis=-1))

@@ -10,8 +10,7 @@ import torch
 from reference import TINY, distance, hf_model, random_params, random_tokens
 
 from pythia_jax.configs import ConfigError, ModelConfig, Runtime
-from pythia_jax.model import attention
-from pythia_jax.model.decode import decode_step, prefill
+from pythia_jax.model import attention, cache, decode
 from pythia_jax.model.gptneox import forward, hidden_states
 
 TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -123,17 +122,12 @@ def test_decoding_turns_by_the_same_angles_as_the_forward_pass(precision):
     runtime = Runtime()
     whole = hidden_states(params, tokens, config, runtime=runtime)[0]
     start = 396
-    _, keys, values = prefill(params, tokens[:, :start], config, runtime, 400)
+    served = decode.serving(params, runtime)
+    _, found = decode.prefill(served, tokens[:, :start], config, runtime)
+    caches = cache.fill(cache.empty(config, 2, 400, "float32"), found, np.arange(2))
     for position in range(start, 400):
-        hidden, keys, values = decode_step(
-            params,
-            jnp.asarray(tokens[:, position]),
-            jnp.full(2, position, jnp.int32),
-            keys,
-            values,
-            config,
-            runtime,
-        )
+        token, place = jnp.asarray(tokens[:, position]), jnp.full(2, position, jnp.int32)
+        hidden, caches = decode.step(served, token, place, caches, config)
         np.testing.assert_allclose(hidden, whole[:, position], rtol=0, atol=2e-5)
 
 
