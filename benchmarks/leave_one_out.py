@@ -104,7 +104,7 @@ def make_task(config: RunConfig, start: int, steps: int, queries: int) -> Task:
         if (step + 1) % 50 == 0:
             click.echo(f"step {step + 1}, loss {float(metrics['loss']):.3f}", err=True)
     batches = np.stack([next_batch() for _ in range(steps)])
-    asked = [rows_of(np.full(QUERY_ROWS, topic), seq, rng) for topic in range(queries)]
+    asked = [rows_of(rng.integers(0, TOPICS, QUERY_ROWS), seq, rng) for _ in range(queries)]
     return Task(config, state, batches, np.stack(asked))
 
 
@@ -286,12 +286,12 @@ def table(truth: np.ndarray, foretold: dict[str, np.ndarray]) -> Iterator[list[s
 @click.option("--examples", default=120, show_default=True, help="rows left out, one at a time")
 @click.option("--steps", default=20, show_default=True, help="of training with and without them")
 @click.option("--start", default=400, show_default=True, help="steps trained before")
-@click.option("--queries", default=3, show_default=True, help=f"topics asked about, of {TOPICS}")
+@click.option("--queries", default=3, show_default=True, help=f"of {QUERY_ROWS} rows each")
 @click.option("--width", default=224, show_default=True, help="hidden size")
 @click.option("--layers", default=2, show_default=True)
 @click.option("--batch", default=16, show_default=True)
 @click.option("--seq", default=128, show_default=True)
-@click.option("--rate", default=3e-4, show_default=True, help="the schedule's peak")
+@click.option("--rate", default=1e-4, show_default=True, help="the schedule's peak")
 @click.option("--out", type=click.Path(path_type=Path), help="an .npz for all scores")
 def main(
     examples: int,

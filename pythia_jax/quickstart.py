@@ -26,6 +26,8 @@ from pythia_jax.training.trainer import jitted_loss, train
 
 HELD_OUT_EVERY = 20
 """One document in so many is held out."""
+HELD_OUT_ROWS = 192
+"""Of the held-out tokens, from their beginning, that the model is evaluated on at the end."""
 MAX_CHARACTERS = 12_000_000
 PROMPTS = ("def __init__(self", "import os\n", "    for i in range(")
 SUMMARY = "summary.txt"
@@ -53,7 +55,7 @@ class Summary:
         return f"""
 Done in {self.seconds:.0f} s.
 
-  held-out loss   {self.held_out_loss:.3f} nats per token, on all of it (loss.png: on some batches)
+  held-out loss   {self.held_out_loss:.3f} nats per token, on the first {HELD_OUT_ROWS} rows
   bigram model    {self.bigram_loss:.3f} on the same tokens: ours is {verdict} it
   resumed         from checkpoint {self.resumed_from}, as if training had never stopped
   generated
@@ -244,14 +246,14 @@ def shipped_config(name: str) -> Path:
     return (inside if inside.is_dir() else beside) / f"{name}.yaml"
 
 
-def _evaluate(params: dict, config: RunConfig, max_rows: int = 192) -> tuple[float, float]:
+def _evaluate(params: dict, config: RunConfig) -> tuple[float, float]:
     """Held-out losses of the model and of a bigram model, on the same tokens."""
     assert config.model is not None
     length = config.data.sequence_length
     training = np.asarray(pj.data.open(config.data.train[0]).tokens)
     held_out = np.asarray(pj.data.open(config.data.validation[0]).tokens).astype(np.int32)
     batch = config.training.batch_size
-    rows = min(max_rows, (len(held_out) - 1) // length) // batch * batch
+    rows = min(HELD_OUT_ROWS, (len(held_out) - 1) // length) // batch * batch
     if rows == 0:
         raise ValueError(f"{len(held_out):,} held-out tokens do not fill a batch; give more text")
     starts = np.arange(rows)[:, None] * length
