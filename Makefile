@@ -74,7 +74,7 @@ $(CT2):
 	@echo "installing CTranslate2 and the transformers that it reads with into $(CT2_VENV)"
 	@$(PYTHON) -m venv $(CT2_VENV)
 	@$(CT2_VENV)/bin/python -m pip install --quiet $(TORCH_FLAGS) torch==2.13.0
-	@$(CT2_VENV)/bin/python -m pip install --quiet 'ctranslate2>=4.8' 'transformers>=4.50,<5' accelerate safetensors
+	@$(CT2_VENV)/bin/python -m pip install --quiet 'ctranslate2>=4.8' 'transformers>=4.50,<5' accelerate safetensors click
 	@touch $@
 
 $(PEERS):
