@@ -207,6 +207,7 @@ def test_a_killed_sweep_goes_on_and_scores_nothing_twice(
 
 INTERRUPTED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what runs in the background
 sys.path.insert(0, sys.argv.pop(1))
 from pythia_jax.cli import main
 from pythia_jax.evaluation import scored
