@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     )
     from pythia_jax.interp.preconditioning import adam_factors, adam_updates, precondition
     from pythia_jax.interp.projection import Projection, matrices
-    from pythia_jax.interp.querying import Hits, query
+    from pythia_jax.interp.querying import Hits, query, query_of
     from pythia_jax.interp.resuming import Resumed, resumed
     from pythia_jax.interp.token_attribution import input_x_gradient, integrated_gradients
     from pythia_jax.interp.updates import Update, update
@@ -143,6 +143,7 @@ _HOMES = {
     "matrices": "projection",
     "Hits": "querying",
     "query": "querying",
+    "query_of": "querying",
     "input_x_gradient": "token_attribution",
     "integrated_gradients": "token_attribution",
     "LINEAR": "gradients",
@@ -235,6 +236,7 @@ __all__ = [
     "per_example_gradients",
     "precondition",
     "query",
+    "query_of",
     "read_curves",
     "read_prompt",
     "resumed",

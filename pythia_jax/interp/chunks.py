@@ -1,7 +1,7 @@
 """Rows of an index computed together: one compiled program, on one device or cut over a mesh."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -117,6 +117,17 @@ def _stored(
     return _in_rows(kept), _in_rows([fault[..., None].astype(jnp.int8) for fault in faults])
 
 
+@lru_cache
+def _program(out_shardings: Any) -> Any:
+    """`_stored`, jitted once, so that another index of the same shapes compiles nothing.
+
+    out_shardings: None for the compiler's choice.
+    """
+    # None would be taken for a tree without leaves.
+    how: dict[str, Any] = {} if out_shardings is None else {"out_shardings": out_shardings}
+    return jax.jit(_stored, static_argnames=("config", "dtype", "runtime"), **how)
+
+
 @dataclass(frozen=True)
 class Computed:
     """A chunk on the devices, on its way to be written."""
@@ -157,15 +168,15 @@ class Chunks:
                 sharding.sharding(mesh, axes) for axes in (("batch", "seq"), ("batch",))
             )
             self._places, self._out = (across, along, along), (across, along)
-        program = partial(_stored, config=config, dtype=dtype, runtime=runtime)
         shapes = [(batch, length), (batch,), (batch,)]
         given = [
             jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
             for shape, place in zip(shapes, self._places or (None,) * 3, strict=True)
         ]
-        # None would be taken for a tree without leaves.
-        how: dict[str, Any] = {} if self._out is None else {"out_shardings": self._out}
-        self.compiled = jax.jit(program, **how).lower(params, self._sides, *given).compile()
+        lowered = _program(self._out).lower(
+            params, self._sides, *given, config=config, dtype=dtype, runtime=runtime
+        )
+        self.compiled = lowered.compile()
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch)

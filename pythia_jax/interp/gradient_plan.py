@@ -77,6 +77,9 @@ def check_choices(unit: str, by: str, reduction: str) -> None:
 
 
 def _count(documents: AnyArray, count: int | None, tokens: AnyArray) -> int:
+    if not isinstance(documents, np.ndarray | jax.Array):
+        told = type(documents).__name__
+        raise ValueError(f"documents are a {told}: an array is wanted (np.array)")
     if documents.shape != tokens.shape or not jnp.issubdtype(documents.dtype, jnp.integer):
         raise ValueError(
             f"documents of shape {documents.shape} and dtype {documents.dtype}: whole numbers of "

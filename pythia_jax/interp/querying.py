@@ -119,6 +119,8 @@ def query(
     elif completion is not None:
         raise ValueError("a completion goes with a text; tokens have answer_at")
     tokens = _checked(tokens, answer_at, index.model_config)
+    if factors is not None:
+        _check_factors(index, factors)
     model = recorded_model(index) if model is None else model
     check_model(index, model)
     if factors is None:
@@ -143,6 +145,7 @@ def query_of(
     step: int | None = None,
     fsdp: int = 1,
     tensor: int = 1,
+    factors: str | os.PathLike[str] | None = None,
     **how: Any,
 ) -> Hits:
     """`query` with a checkpoint of any kind as the model (`pj.load`), over all devices there are.
@@ -153,6 +156,8 @@ def query_of(
     Raises as both do, and ConfigError for a model that cannot be cut so.
     """
     opened = open_index(index)
+    if factors is not None:
+        _check_factors(opened, factors)  # before a model is loaded
     mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=fsdp, tensor=tensor))
     dtype = opened.settings["computed_in"]
     with jax.set_mesh(mesh):
@@ -160,7 +165,7 @@ def query_of(
         given = None
         if model is not None:
             given = load_at(model, revision=revision, step=step, dtype=dtype)
-        return query(opened, text, model=given, **how)
+        return query(opened, text, model=given, factors=factors, **how)
 
 
 def query_gradient(
@@ -204,7 +209,6 @@ def preconditioned_gradient(
 
     Raises ValueError for factors that do not fit the index.
     """
-    _check_factors(index, factors)
     fitted = load_factors(os.fspath(factors))
     missing = [f"{m}/kernel" for m in LINEAR if f"{m}/kernel" not in fitted.parameters]
     if missing:

@@ -242,6 +242,8 @@ def test_under_jit_documents_want_their_number():
     assert_near(got, {path: gradients("document by loss")[path] for path in got}, 1e-6)
     with pytest.raises(ValueError, match="document_count"):
         jax.jit(run)(DOCUMENTS)
+    with pytest.raises(ValueError, match="documents are a list"):
+        run(DOCUMENTS.tolist())
 
 
 # Gradient noise scale.

@@ -28,7 +28,7 @@ from pythia_jax.interp.factor_fitting import fit_factors_of
 from pythia_jax.interp.index import open_index
 from pythia_jax.interp.passages import Passages
 from pythia_jax.interp.projection import Projection
-from pythia_jax.interp.querying import preconditioned_gradient, query, query_gradient, search
+from pythia_jax.interp.querying import query, query_gradient, search
 
 ROOT = Path(__file__).parents[2]
 PEERS_VENV = Path(os.environ.get("PEERS_VENV", ROOT / ".venv-peers"))
@@ -176,7 +176,7 @@ def test_factors_of_other_weights_and_damping_without_factors_are_refused(index,
         settings = {**index.settings, "weights": "0" * 64, "computed_in": dtype}
         other = dataclasses.replace(index, provenance={**index.provenance, "settings": settings})
         with pytest.raises(ValueError, match=told):
-            preconditioned_gradient(other, model, row, factors=fitted)
+            query(other, tokens=row, model=model, factors=fitted)
     with pytest.raises(ValueError, match="damping goes with factors"):
         query(index, tokens=row, model=model, damping=0.1)
 
