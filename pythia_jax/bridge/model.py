@@ -44,7 +44,10 @@ class Model:
 
 
 def tokenizer_of(files: Mapping[str, bytes]) -> Tokenizer | None:
-    """The tokenizer in `tokenizer_files`, or None. Raises ValueError if it cannot be read."""
+    """The tokenizer in `tokenizer_files`, or None. Raises ValueError if it cannot be read.
+
+    It neither cuts nor pads, where its file says that it should: texts are read whole.
+    """
     content = files.get("tokenizer.json")
     return None if content is None else _parse_tokenizer(content)
 
@@ -67,6 +70,9 @@ def dtype_name(dtype: DTypeLike) -> str:
 @functools.lru_cache(maxsize=8)
 def _parse_tokenizer(content: bytes) -> Tokenizer:
     try:
-        return Tokenizer.from_buffer(content)
+        tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # what `tokenizers` raises has no narrower type
         raise ValueError(f"tokenizer.json is not a tokenizer: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -110,7 +110,7 @@ def tokenize_texts(
     workers = _cores() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers: {workers} cannot encode; give 1 or more")
-    encoder = without_truncation(load_tokenizer(tokenizer))
+    encoder = _without_truncation(load_tokenizer(tokenizer))
     ending = [_end_of_document(encoder, eod_id)] if append_eod else []
     dtype = token_dtype(encoder.get_vocab_size())
     text_bytes = 0
@@ -294,7 +294,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
         ) from None
 
 
-def without_truncation(tokenizer: Tokenizer) -> Tokenizer:
+def _without_truncation(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer, or a copy that neither cuts nor pads where its file says that it should."""
     if tokenizer.truncation is None and tokenizer.padding is None:
         return tokenizer

@@ -26,7 +26,6 @@ from pythia_jax.bridge.model import eod_of, tokenizer_of
 from pythia_jax.bridge.opened import Opened
 from pythia_jax.bridge.quantize import Activations, open_floats, scheme_of
 from pythia_jax.configs import ModelConfig, Runtime
-from pythia_jax.data.tokenize import without_truncation
 from pythia_jax.files import write_whole
 from pythia_jax.model import attention, quantize
 from pythia_jax.model.gptneox import block, check_tokens, dense, embed, layer_norm, unembed
@@ -189,13 +188,13 @@ def rows_of(opened: Opened, text: Path | None, prefix: str | None) -> Int[np.nda
 
 
 def _encoded(opened: Opened, text: Path) -> list[int]:
-    found = tokenizer_of(opened.tokenizer_files)
-    if found is None:
+    tokenizer = tokenizer_of(opened.tokenizer_files)
+    if tokenizer is None:
         raise ValueError(
             f"{opened.source}: has no tokenizer, so text (--text) cannot be read; give the prefix "
             "of a dataset (--data)"
         )
-    tokenizer, eod, ids = without_truncation(found), eod_of(opened.tokenizer_files), []
+    eod, ids = eod_of(opened.tokenizer_files), []
     for document in data.read_texts(text):
         ids += [*tokenizer.encode(document).ids, eod]
         if len(ids) > TOKENS:

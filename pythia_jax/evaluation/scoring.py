@@ -35,7 +35,8 @@ from pythia_jax.model.attention import exact
 from pythia_jax.model.generation import CHECKED_STEPS
 from pythia_jax.model.gptneox import hidden_states
 from pythia_jax.model.parameters import Params
-from pythia_jax.model.sampling import Sampling
+from pythia_jax.model.quantize import Quantized
+from pythia_jax.model.sampling import Sampling, likeliest
 from pythia_jax.model.serving import MOST_STEPS, Row, serve
 
 AHEAD = 2
@@ -101,10 +102,10 @@ class Scorer:
         """
         pairs = zip(parameters.items(params), parameters.items(self.params), strict=True)
         for (parameter, new), (_, old) in pairs:
-            if (new.shape, new.dtype) != (old.shape, old.dtype):
+            if _kind(new) != _kind(old):
                 raise ValueError(
-                    f"{parameter.path} is {new.dtype}{list(new.shape)}, where the model scored so "
-                    f"far has {old.dtype}{list(old.shape)}; make a Scorer of its own for it"
+                    f"{parameter.path} is {_kind(new)}, where the model scored so far has "
+                    f"{_kind(old)}; make a Scorer of its own for it"
                 )
         other = copy.copy(self)
         other.model = dataclasses.replace(self.model, params=self._placed(params))
@@ -244,6 +245,14 @@ class Scorer:
         return new
 
 
+def _kind(value: jax.Array | Quantized) -> str:
+    """What of a parameter decides the program that reads it, in words."""
+    if not isinstance(value, Quantized):
+        return f"{value.dtype}{list(value.shape)}"
+    activations = "int8" if value.dynamic else value.dtype
+    return f"int8{list(value.values.shape)} with activations in {activations}"
+
+
 def _mesh() -> Mesh:
     """The mesh around us, or one of all devices as training would lay it out."""
     mesh = jax.sharding.get_mesh()
@@ -270,8 +279,8 @@ def _score(
     axes = ("batch", "seq", "stream")
     hidden = sharding.constrain(hidden.reshape(slots.shape[0], -1, hidden.shape[-1]), axes)
     # Gathered once, before the loop; left to the compiler, in every round of it.
-    kernel = quantize.kernel(params["embed_out"]["kernel"]).astype(hidden.dtype)
-    kernel = sharding.constrain(kernel, ("stream", "vocab"))
+    hidden, kernel = quantize.in_floats(hidden, params["embed_out"]["kernel"])
+    kernel = sharding.constrain(kernel.astype(hidden.dtype), ("stream", "vocab"))
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
 
     def score(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -288,9 +297,8 @@ def _score(
         peak = logits.max(axis=-1, keepdims=True)
         total = jnp.log(jnp.exp(logits - peak).sum(axis=-1, keepdims=True))
         chosen = jnp.take_along_axis(logits, wanted, axis=-1) - peak - total
-        likeliest = logits.argmax(axis=-1).astype(jnp.int32)
         put = jax.lax.dynamic_update_slice_in_dim
-        return put(log_probabilities, chosen, start, 1), put(best, likeliest, start, 1)
+        return put(log_probabilities, chosen, start, 1), put(best, likeliest(logits), start, 1)
 
     empty = (jnp.zeros(targets.shape, wide), jnp.zeros(slots.shape, jnp.int32))
     found = jax.lax.fori_loop(0, chunks, score, empty)

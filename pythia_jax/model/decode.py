@@ -20,6 +20,7 @@ from pythia_jax.model.cache import Cache, KeysValues
 from pythia_jax.model.gptneox import AnyArray
 from pythia_jax.model.parameters import Params
 from pythia_jax.model.quantize import Quantized
+from pythia_jax.model.sampling import likeliest
 from pythia_jax.model.sites import Hooks
 
 
@@ -139,7 +140,7 @@ def greedy(
         logits = sharding.constrain(gptneox.unembed(params, hidden), ("batch", "vocab"))
         if never is not None:
             logits = logits.at[:, never].set(-jnp.inf)
-        return sharding.constrain(logits.argmax(axis=-1).astype(jnp.int32), ("batch",))
+        return sharding.constrain(likeliest(logits), ("batch",))
 
     def advance(carry: tuple, position: jax.Array) -> tuple[tuple, jax.Array]:
         token, caches = carry

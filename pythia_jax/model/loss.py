@@ -90,7 +90,8 @@ def _inputs(
     hidden, _ = hidden_states(
         params, tokens[:, :-1], config, taps=taps, edits=edits, runtime=runtime
     )
-    return hidden, quantize.kernel(params["embed_out"]["kernel"]), jnp.asarray(tokens[:, 1:])
+    hidden, kernel = quantize.in_floats(hidden, params["embed_out"]["kernel"])
+    return hidden, kernel, jnp.asarray(tokens[:, 1:])
 
 
 def token_cross_entropy(

@@ -97,6 +97,17 @@ def kernel(weight: Quantized | Array) -> Float[Array, "*layers in out"]:
     return (weight.values.astype(jnp.float32) * weight.scale[..., None]).mT.astype(weight.dtype)
 
 
+def in_floats(
+    x: Float[Array, "*rows in"], weight: Quantized | Array
+) -> tuple[Float[Array, "*rows in"], Float[Array, "in out"]]:
+    """x and a kernel whose product in floats is what `matmul` gives: x is rounded as `dynamic`
+    says."""
+    if isinstance(weight, Quantized) and weight.dynamic:
+        whole, scale = _whole(x, LARGEST)
+        x = (whole * scale).astype(x.dtype)
+    return x, kernel(weight)
+
+
 def rows(weight: Quantized, index: Int[Array, "*rows"]) -> Float[Array, "*rows in"]:
     """Output channels by number; NaN for a number that there is none of."""
     values = jnp.take(weight.values, index, axis=0, mode="clip").astype(jnp.float32)
@@ -137,16 +148,12 @@ def _by_digits(x: jax.Array, values: jax.Array, *, digits: int) -> jax.Array:
     Digits are rows of their own, so that one product reads the weights once. Sums are exact: of
     `in` summands of at most 127² each, up to 133,000 fit int32.
     """
-    x = x.astype(jnp.float32)
-    most = LARGEST * _DIGIT ** (digits - 1)
-    largest = jnp.abs(x).max(axis=-1, keepdims=True)
-    scale = jnp.where(largest > 0, largest / most, 1)
-    whole = jnp.round(x / scale)
+    whole, scale = _whole(x, LARGEST * _DIGIT ** (digits - 1))
     high = jnp.round(whole / _DIGIT ** (digits - 1))
     parts = [high, whole - high * _DIGIT][:digits]
     # One row alone is multiplied without the integer instructions, and slower than two.
     if len(x) * digits == 1:
-        parts.append(jnp.zeros_like(x))
+        parts.append(jnp.zeros_like(whole))
     stacked = jnp.concatenate(parts).astype(jnp.int8)
     sums = jax.lax.dot_general(
         stacked, values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
@@ -154,3 +161,11 @@ def _by_digits(x: jax.Array, values: jax.Array, *, digits: int) -> jax.Array:
     if digits == 1:
         return sums[: len(x)] * scale
     return (sums[: len(x)] * _DIGIT + sums[len(x) :]) * scale
+
+
+def _whole(x: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """Whole numbers up to `most` and a scale for each row of x, both float32."""
+    x = x.astype(jnp.float32)
+    largest = jnp.abs(x).max(axis=-1, keepdims=True)
+    scale = jnp.where(largest > 0, largest / most, 1)
+    return jnp.round(x / scale), scale

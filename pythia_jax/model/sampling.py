@@ -72,12 +72,21 @@ def draw(
     """
     scores = processed(logits, seen, chosen)
     if chosen.temperature is None:
-        token = scores.argmax(axis=-1)
+        token = likeliest(scores)
     else:
         assert keys is not None
         token = jax.vmap(jax.random.categorical)(jax.random.wrap_key_data(keys, impl=KEYS), scores)
     taken = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token.astype(jnp.int32), taken - jax.nn.logsumexp(logits, axis=-1)
+
+
+def likeliest(logits: Float[Array, "*rows vocab"]) -> Int[Array, "*rows"]:
+    """The first of the largest, as `argmax` gives it, of which XLA makes a slow loop on CPUs. Where
+    a logit is NaN, so is every log-probability, and the token means nothing."""
+    vocab = logits.shape[-1]
+    is_largest = logits == logits.max(axis=-1, keepdims=True)
+    first = jnp.where(is_largest, jnp.arange(vocab, dtype=jnp.int32), vocab - 1)
+    return first.min(axis=-1)
 
 
 def processed(

@@ -127,6 +127,17 @@ def test_tokenizer_files_come_and_go_byte_for_byte(folder, tmp_path):
     assert model.tokenizer is not None and model.tokenizer.token_to_id(END) == model.eod == 0
 
 
+def test_texts_are_read_whole_whatever_the_tokenizer_cuts_or_fills_up(folder):
+    tokenizer = tiny_tokenizer()
+    wanted = tokenizer.encode("the cat sat on the mat").ids
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=30)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    found = pj.load(folder).tokenizer
+    assert found is not None and len(wanted) > 3
+    assert found.encode("the cat sat on the mat").ids == wanted
+
+
 def test_model_without_tokenizer_says_none(theirs):
     model = pj.load(theirs)
     assert model.tokenizer is None and model.tokenizer_files == {} and model.eod == 0

@@ -17,6 +17,8 @@ import pythia_jax as pj
 from pythia_jax.configs import ModelConfig
 from pythia_jax.evaluation import packing
 from pythia_jax.evaluation.scoring import Scorer
+from pythia_jax.model import parameters, quantize
+from pythia_jax.model.quantize import Quantized
 
 LIMIT = CONFIG.max_position_embeddings
 Requests = list[tuple[list[int], list[int]]]
@@ -162,6 +164,21 @@ def test_weights_of_another_model_are_refused(model):
     narrow = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), model.params)
     with pytest.raises(ValueError, match=r"embed_in/embedding is bfloat16\[352, 48\], where"):
         scorer.replace(narrow)
+
+
+def test_a_model_in_int8_is_not_scored_by_the_program_of_floats(model):
+    def leaf(parameter, value):
+        if not parameter.path.endswith("kernel"):
+            return value
+        return Quantized(*map(jax.numpy.asarray, quantize.quantize(np.asarray(value.mT))))
+
+    stored = parameters.map_parameters(leaf, model.params)
+    with pytest.raises(ValueError, match=r"kernel is int8\[.*, where .* has float32"):
+        Scorer(model).replace(stored)
+    in_int8 = Scorer(replace(model, params=stored))
+    assert in_int8.replace(stored).loglikelihoods([([1, 2], [3])])
+    with pytest.raises(ValueError, match=r"kernel is float32\[.*, where .* has int8"):
+        in_int8.replace(model.params)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Matrices in int8, and products with them, beside NumPy in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +115,19 @@ def test_a_model_in_int8_is_the_model_of_its_floats(scan: bool) -> None:
     assert np.linalg.norm(found - wanted) < 2e-4 * np.linalg.norm(wanted)
     losses = [float(pj.loss(params, tokens, CONFIG)) for params in (stored, floats)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_losses_round_activations_where_the_forward_pass_does() -> None:
+    stored, _ = both("float32")
+    dynamic = map_parameters(
+        lambda _, v: dataclasses.replace(v, dynamic=True) if isinstance(v, Quantized) else v, stored
+    )
+    tokens = RNG.integers(0, 64, (3, 12))
+    logits = pj.forward(dynamic, tokens[:, :-1], CONFIG)
+    wanted = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(pj.token_losses(dynamic, tokens, CONFIG), wanted, rtol=1e-5)
+    apart = np.abs(np.asarray(pj.token_losses(stored, tokens, CONFIG)) - wanted).max()
+    assert apart > 1e-4  # or the rounding is not seen here at all
 
 
 def test_in_bfloat16_the_stream_is_bfloat16() -> None:
