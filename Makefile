@@ -18,8 +18,9 @@ TEST := $(VENV)/.installed-test
 # own.
 CT2_VENV ?= .venv-ct2
 CT2 := $(CT2_VENV)/.installed
-# Bergson, TransformerLens and kronfluence, whose gradients ours are compared with. Two of them also
-# want torchvision, which nothing here needs (pip will say so): they come without what they name.
+# Bergson, TransformerLens and kronfluence, whose gradients ours are compared with, and
+# compressed-tensors, by which transformers opens our int8. The first and third also want
+# torchvision, which nothing here needs (pip will say so): they come without what they name.
 PEERS_VENV ?= .venv-peers
 PEERS := $(PEERS_VENV)/.installed
 
@@ -78,12 +79,12 @@ $(CT2):
 	@touch $@
 
 $(PEERS):
-	@echo "installing Bergson, TransformerLens and kronfluence into $(PEERS_VENV) (some minutes)"
+	@echo "installing Bergson, TransformerLens, kronfluence and compressed-tensors into $(PEERS_VENV) (some minutes)"
 	@$(PYTHON) -m venv $(PEERS_VENV)
 	@$(PEERS_VENV)/bin/python -m pip install --quiet $(TORCH_FLAGS) torch==2.13.0
 	@$(PEERS_VENV)/bin/python -m pip install --quiet --no-deps bergson==2.5.1 kronfluence==1.0.1
 	@$(PEERS_VENV)/bin/python -m pip install --quiet torch==2.13.0 transformer-lens==4.3.0 \
 	  'transformers>=5.0' accelerate datasets jaxtyping ml_dtypes natsort numpy scipy 'peft>=0.17' \
 	  petname pyarrow pyyaml simple-parsing torchopt bitsandbytes 'huggingface-hub>=1.13.0' \
-	  einconv einops opt_einsum
+	  einconv einops opt_einsum compressed-tensors==0.20.0
 	@touch $@

@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from array import array
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,15 @@ from pythia_jax.bridge.model import tokenizer_of
 from pythia_jax.configs import MeshConfig, ModelConfig
 from pythia_jax.evaluation.sidecars import differing
 from pythia_jax.files import locked, write_whole, written_whole
-from pythia_jax.model.generation import Continuation, check_prompt, continuations
+from pythia_jax.model.decode import dtype_of
+from pythia_jax.model.generation import (
+    Continuation,
+    NotFiniteError,
+    check_prompt,
+    check_settings,
+    continuations,
+    encoded,
+)
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +75,12 @@ class Settings:
     seed: int = 0
     cache_dtype: str | None = None
     logprobs: bool = False
+
+    def drawing(self) -> dict[str, Any]:
+        """Those of `continuations` but the seed."""
+        kept = asdict(self)
+        del kept["seed"], kept["logprobs"]
+        return kept
 
 
 @dataclass(frozen=True)
@@ -111,6 +126,7 @@ def generate_file(
     """
     asked, path = Settings(**settings), Path(out)
     _check_out(path)
+    check_settings(model.tokenizer, batch_size=batch_size, **asked.drawing())
     found = read(prompts, model.config, model.tokenizer, asked.max_new_tokens)
     return _generate(model, found, path, asked, batch_size, show_progress)
 
@@ -141,6 +157,7 @@ def generate_file_of(
     which = {"revision": revision, "step": step}
     with opened_on_devices(source, **which, data=-1, fsdp=fsdp, tensor=tensor) as opened:
         tokenizer = tokenizer_of(opened.tokenizer_files)
+        check_settings(tokenizer, batch_size=batch_size, **asked.drawing())
         found = read(prompts, opened.config, tokenizer, asked.max_new_tokens)
         model = load(source, **which, dtype=dtype)
         return _generate(model, found, path, asked, batch_size, show_progress)
@@ -232,13 +249,7 @@ def _tokens(record: dict[str, Any], tokenizer: Tokenizer | None) -> list[int]:
         raise ValueError("prompt is no text; token ids go under tokens")
     if tokenizer is None:
         raise ValueError("prompt is text, and the model has no tokenizer; give tokens")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half of a pair
-        raise ValueError(
-            f"prompt is no text: {error.object[error.start]!r} is a lone surrogate"
-        ) from None
-    return tokenizer.encode(text).ids
+    return encoded(text, tokenizer)
 
 
 def _check_out(path: Path) -> None:
@@ -264,8 +275,7 @@ def _generate(
         if before:
             log.info("%s: %d of %d rows are there; going on", rows.path, before, total)
         began = time.perf_counter()
-        how = {key: value for key, value in asdict(asked).items() if key != "logprobs"}
-        how["seed"] = [_seed(asked.seed, prompts.lines[i]) for i in left]
+        seeds = [_seed(asked.seed, prompts.lines[i]) for i in left]
         with (
             logging_redirect_tqdm(),
             tqdm(
@@ -276,17 +286,18 @@ def _generate(
                 disable=not show_progress,
             ) as bar,
         ):
-
-            def came(_: int, tokens: list[int]) -> None:
-                nonlocal made
-                made += len(tokens)
-                rate = made / (time.perf_counter() - began)
-                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-
             tokens = [prompts.tokens[i] for i in left]
-            for row in continuations(model, tokens, batch_size=batch_size, on_tokens=came, **how):
-                rows.add(prompts.lines[left[row.index]], _written(row, asked.logprobs))
-                bar.update()
+            how = {"batch_size": batch_size, "seed": seeds, **asked.drawing()}
+            try:
+                for row in continuations(model, tokens, **how):
+                    rows.add(prompts.lines[left[row.index]], _written(row, asked.logprobs))
+                    made += len(row.tokens)
+                    rate = made / (time.perf_counter() - began)
+                    bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+                    bar.update()
+            except NotFiniteError as error:
+                line = prompts.lines[left[error.index]]
+                raise ValueError(f"{prompts.path}: line {line}: {error.why}") from None
         _write(prompts, rows, out)
     rows.path.unlink()
     return Generated(out, total, before, made)
@@ -304,6 +315,7 @@ def _about(
     computed = computed_on(model.params, source=model.source)
     tokenizer = model.tokenizer_files.get("tokenizer.json")
     settings = {
+        "dtype": dtype_of(model.params),
         "weights": computed["weights"],
         "model": vars(model.config),
         "tokenizer": None if tokenizer is None else hashlib.sha256(tokenizer).hexdigest(),
@@ -384,6 +396,10 @@ def _partial(out: Path, settings: dict[str, Any], computed: dict[str, Any]) -> I
     try:
         with locked(out.with_name(f".{out.name}.lock"), seconds=0):
             _check_out(out)
+            for left in out.parent.iterdir():
+                # Of one that was killed while it wrote OUT (`written_whole`).
+                if re.fullmatch(rf"\.{re.escape(out.name)}\.\d+\.partial", left.name):
+                    left.unlink()
             if not path.exists():
                 about = {"settings": settings, "computed": computed}
                 write_whole(path, json.dumps(about).encode() + b"\n")

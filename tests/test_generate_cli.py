@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,25 @@ def test_killed_and_gone_on_with_is_the_same_file_to_the_byte(
     assert not partial.exists()
 
 
+def test_what_a_kill_left_of_writing_the_file_goes_and_nothing_else(
+    model: Model, asked: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / ".out.jsonl.999.partial"  # of a file that is another's
+    for path in (other, tmp_path / ".out.999.partial"):
+        path.write_text("half")
+    prompts.generate_file(model, asked, tmp_path / "out")
+    assert other.exists() and not (tmp_path / ".out.999.partial").exists()
+
+
+def test_a_line_whose_logits_are_no_numbers_is_named(
+    model: Model, asked: Path, tmp_path: Path
+) -> None:
+    params = jax.tree.map(lambda x: x * np.float32(np.nan), model.params)
+    with pytest.raises(ValueError, match=r": line 3: the log-probability of new token 0 is no"):
+        prompts.generate_file(replace(model, params=params), asked, tmp_path / "out.jsonl")
+    assert not list(tmp_path.glob("out.jsonl*"))
+
+
 def test_lines_of_one_prompt_are_sampled_apart_and_again_the_same(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -290,11 +310,14 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(
 
 
 def test_other_weights_or_prompts_are_not_gone_on_with(
-    model: Model, asked: Path, begun: Path
+    folder: Path, model: Model, asked: Path, begun: Path
 ) -> None:
     other = Model(random_params(CONFIG, seed=4), CONFIG, model.tokenizer_files)
     with pytest.raises(FileExistsError, match="weights is not the same"):
         prompts.generate_file(other, asked, begun, **GREEDY)
+    narrow = pj.load(folder, dtype="bfloat16")
+    with pytest.raises(FileExistsError, match="dtype was 'float32', is 'bfloat16'; weights is not"):
+        prompts.generate_file(narrow, asked, begun, **GREEDY)
     written(asked, [*LINES, {"prompt": "y"}])
     with pytest.raises(FileExistsError, match="prompts is not the same"):
         prompts.generate_file(model, asked, begun, **GREEDY)
@@ -432,6 +455,8 @@ def test_a_file_that_is_there_is_not_written_over(
         (["x", "--out", "o"], "--out goes with --file"),
         (["x", "--batch-size", "4"], "--batch-size goes with --file"),
         (["x", "--temperature", "-1"], "--temperature"),
+        (["x", "--temperature", "nan"], "temperature must be 0 (greedy), or finite"),
+        (["a\udcff"], "prompt 0: prompt is no text: '\\udcff' is a lone surrogate"),
         (["x", "--top-k", "5"], "--top-k and --top-p go with --temperature"),
         (["x", "--top-p", "0"], "--top-p"),
         (["x", "--repetition-penalty", "0"], "--repetition-penalty"),

@@ -260,6 +260,8 @@ def _check(
         is_int8 = tensor.dtype == "int8" and scale_name(name) in expected
         if tensor.dtype not in EXPORTED and not is_int8:
             problems.append(f"{name} holds {tensor.dtype}, not floats")
+        if tensor.dtype != "int8" and scale_name(name) in expected:
+            problems.append(f"{name} holds {tensor.dtype}, and has a scale, which is for int8")
     if problems:
         raise CheckpointError(
             f"{folder}: the weights do not fit config.json: {'; '.join(problems)}"

@@ -27,7 +27,8 @@ from pythia_jax.bridge.model import Model
 from pythia_jax.bridge.opened import Opened
 from pythia_jax.configs import MeshConfig
 from pythia_jax.data.storage import is_url
-from pythia_jax.model.parameters import Parameter, Params
+from pythia_jax.model.parameters import Parameter, Params, items
+from pythia_jax.model.quantize import Quantized
 from pythia_jax.training.agreement import all_say
 from pythia_jax.training.bucket import AnyPath, Bucket, path_of
 from pythia_jax.training.checkpoints import step_folders
@@ -242,8 +243,16 @@ def on_all_devices() -> Iterator[Mesh]:
 
 
 def weights_hash(params: Params) -> str:
-    """A hash of parameters, the same on any mesh, and for what a run folder keeps of them."""
-    return _hash(digests({"params": params}))
+    """A hash of parameters, the same on any mesh, and for what a run folder keeps of them.
+
+    Whether int8 weights are multiplied with int8 activations is part of it.
+    """
+    activations = {
+        f"{parameter.path}/activations": "int8"
+        for parameter, value in items(params)
+        if isinstance(value, Quantized) and value.dynamic
+    }
+    return _hash({**digests({"params": params}), **activations})
 
 
 def known_tokens_per_step(facts: Mapping[str, Any]) -> int | None:

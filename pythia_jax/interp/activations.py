@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.model.gptneox import AnyArray, Logits, check_tokens, forward, hidden_states
 from pythia_jax.model.parameters import Params
+from pythia_jax.model.quantize import check_floats
 from pythia_jax.model.sites import Capture, Edits, Hooks, site_shape
 
 Metric = Callable[[Logits, Int[Array, "batch seq"]], Float[Array, " batch"]]
@@ -113,8 +114,9 @@ def differentiate(
     """(metric `[batch]`, captured, gradients at `sites`), for use inside `jax.jit`.
 
     Of the model with its embeddings shifted by `shift`, and with `edits`. Nothing is checked but
-    the metric's shape.
+    the metric's shape, and that the model is no int8 one (ValueError).
     """
+    check_floats(params)
     batch, seq = tokens.shape
     wide = wide_dtype(params, runtime)
     layers = {site: None for site in sites if isinstance(site, str)}

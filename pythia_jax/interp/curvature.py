@@ -28,6 +28,7 @@ from pythia_jax.model.attention import exact
 from pythia_jax.model.gptneox import AnyArray, check_tokens, hidden_states, unembed
 from pythia_jax.model.loss import loss
 from pythia_jax.model.parameters import Params
+from pythia_jax.model.quantize import check_floats
 from pythia_jax.training.step import microbatches
 
 Batches = Int[AnyArray, "batch seq+1"] | Sequence[Int[AnyArray, "batch seq+1"]]
@@ -131,6 +132,7 @@ def hessian_top_eigenvalues(
     Raises ValueError for impossible k or iterations, and as `hvp`; MemoryError with the numbers
     for what does not fit.
     """
+    check_floats(params)
     _check_iterations(iterations, parameters.count(config))
     if not 1 <= k <= iterations:
         raise ValueError(f"k = {k}: from 1 to the number of iterations ({iterations}) is wanted")
@@ -171,6 +173,7 @@ def hessian_density(
 
     Raises as `hessian_top_eigenvalues`, and ValueError for impossible probes.
     """
+    check_floats(params)
     _check_iterations(iterations, parameters.count(config))
     if probes < 1 or points < 2 or width <= 0:
         raise ValueError(f"{probes} probes, {points} points, width {width}: all must be positive")
@@ -258,6 +261,7 @@ def _product(
     runtime: Runtime,
 ) -> Callable[[Params], Params]:
     """Vectors to the mean of `one(params, batch, vector)` over batches, each by its tokens."""
+    check_floats(params)
     runtime = twice_differentiable(runtime)
     batches = _batches(tokens, config)
     sizes = [batch.shape[0] * (batch.shape[1] - 1) for batch in batches]

@@ -29,6 +29,7 @@ from pythia_jax.interp.streaming import Arrived, Checkpoints, Stream
 from pythia_jax.model.gptneox import AnyArray
 from pythia_jax.model.loss import loss
 from pythia_jax.model.parameters import Params
+from pythia_jax.model.quantize import check_floats
 from pythia_jax.training.agreement import all_say, from_first
 from pythia_jax.training.digests import name_of
 
@@ -322,6 +323,7 @@ class _Gradient:
     runtime: Runtime
 
     def __call__(self, params: Params, tokens: Any, config: ModelConfig) -> dict[str, jax.Array]:
+        check_floats(params)
         tree = jax.grad(loss)(params, tokens, config, runtime=self.runtime)
         chosen = [
             leaf for path, leaf in jax.tree.leaves_with_path(tree) if name_of(path) in self.paths

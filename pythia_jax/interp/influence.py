@@ -27,6 +27,7 @@ from pythia_jax.model.attention import exact
 from pythia_jax.model.gptneox import AnyArray, check_tokens
 from pythia_jax.model.loss import token_cross_entropy, token_losses
 from pythia_jax.model.parameters import Params
+from pythia_jax.model.quantize import check_floats
 from pythia_jax.model.sinks import Units
 from pythia_jax.training.optimizer import learning_rate
 
@@ -194,6 +195,7 @@ def _flat(tree: Params) -> dict[str, Any]:
 
 def _directions(directions: Params, params: Params) -> dict[str, Any]:
     """By path, checked."""
+    check_floats(params)
     flat = _flat(directions)
     shapes = {k: v.shape for k, v in _flat(params).items()}
     if not flat:

@@ -256,8 +256,11 @@ def translate(
 
 def gathered(params: Params) -> Params:
     """The unembedding with its hidden axis whole: once, and not in every chunk."""
-    kernel = quantize.kernel(params["embed_out"]["kernel"])
-    kernel = sharding.constrain(kernel, ("stream", "vocab"))
+    kernel = params["embed_out"]["kernel"]
+    if isinstance(kernel, quantize.Quantized):
+        kernel = quantize.whole_rows(kernel)
+    else:
+        kernel = sharding.constrain(kernel, ("stream", "vocab"))
     return {"embed_out": {"kernel": kernel}}
 
 

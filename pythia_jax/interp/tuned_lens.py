@@ -33,6 +33,7 @@ from pythia_jax.interp import lenses, preflight, tensor_files, training_rows
 from pythia_jax.interp.lenses import Chunks, TunedLens
 from pythia_jax.model.gptneox import AnyArray, check_tokens, layer_norm
 from pythia_jax.model.parameters import Params
+from pythia_jax.model.quantize import check_floats
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-3
@@ -260,6 +261,7 @@ def _part(
 
     The model is run once. Logits of a chunk and a layer exist at once, beside the model's own.
     """
+    check_floats(params)
     layers = tuple(range(config.num_hidden_layers))
     final, streams = lenses.streams_of(params, tokens, config, layers, runtime)
     whole, cut = lenses.gathered(params), Chunks(tokens.shape, runtime.loss_chunk)

@@ -40,8 +40,6 @@ class Cached:
 Layer = tuple[Cached, Cached]
 """Keys, rotated, and values."""
 Cache = tuple[Layer, ...]
-KeysValues = list[tuple[Array, Array]]
-"""What is to be kept of each layer, `[batch, heads, width, head]`."""
 
 
 def empty(config: ModelConfig, batch: int, slots: int, dtype: str) -> Cache:
@@ -70,22 +68,24 @@ def put(
     return _placed(jax.tree.map(write, cached, _stored(new, cached)))
 
 
-def fill(caches: Cache, found: KeysValues, rows: Int[AnyArray, " some"]) -> Cache:
-    """The first `width` slots of some rows, in all layers.
+def fill(
+    layer: Layer,
+    keys: Float[Array, "some heads width head"],
+    values: Float[Array, "some heads width head"],
+    rows: Int[AnyArray, " some"],
+) -> Layer:
+    """A layer with the first `width` slots of some rows filled.
 
     A row may be named twice, with the same content.
     """
 
-    def filled(cached: Cached, new: Float[Array, "some heads width head"]) -> Cached:
+    def filled(cached: Cached, new: Array) -> Cached:
         def write(into: jax.Array, value: jax.Array) -> jax.Array:
             return into.at[rows, :, : value.shape[2]].set(value)
 
         return _placed(jax.tree.map(write, cached, _stored(new, cached)))
 
-    return tuple(
-        (filled(keys, new_keys), filled(values, new_values))
-        for (keys, values), (new_keys, new_values) in zip(caches, found, strict=True)
-    )
+    return filled(layer[0], keys), filled(layer[1], values)
 
 
 def attend(
@@ -115,9 +115,11 @@ def _stored(x: jax.Array, like: Cached) -> Cached:
     if like.scale is None:
         return Cached(x.astype(like.values.dtype), None)
     x = x.astype(jnp.float32)
-    largest = jnp.abs(x).max(axis=-1)
-    scale = jnp.where(largest > 0, largest / 127, 1)
-    return Cached(jnp.round(x / scale[..., None]).astype(jnp.int8), scale)
+    scale = jnp.abs(x).max(axis=-1) / 127
+    scale = jnp.where(scale == 0, 1, scale)
+    # A slot that is not finite has no scale, so that nothing finite comes of it.
+    kept = jnp.where(jnp.isfinite(scale), scale, jnp.nan)
+    return Cached(jnp.round(x / scale[..., None]).astype(jnp.int8), kept)
 
 
 def _placed(cached: Cached) -> Cached:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.model import attention, cache, gptneox
-from pythia_jax.model.cache import Cache, KeysValues
+from pythia_jax.model.cache import Cache
 from pythia_jax.model.gptneox import AnyArray
 from pythia_jax.model.parameters import Params
 from pythia_jax.model.quantize import Quantized
@@ -59,19 +59,29 @@ def _view(i: int, stacked: jax.Array) -> jax.Array:
 
 
 def prefill(
-    params: Params, tokens: Int[AnyArray, "batch width"], config: ModelConfig, runtime: Runtime
-) -> tuple[Float[Array, "batch width hidden"], KeysValues]:
-    """Run the prompts: final hidden states, keys and values. `params` come from `serving`."""
+    params: Params,
+    tokens: Int[AnyArray, "some width"],
+    caches: Cache,
+    rows: Int[AnyArray, " some"],
+    config: ModelConfig,
+    runtime: Runtime,
+) -> tuple[Float[Array, "some width hidden"], Cache]:
+    """Run prompts: final hidden states, and the cache with theirs in some of its rows.
+
+    `params` come from `serving`. What a layer leaves is cached before the next is run: in floats,
+    the keys and values of all of them can be more than the weights.
+    """
     positions = np.arange(tokens.shape[1])
     kernel = attention.choose(runtime, ())
-    found: KeysValues = []
+    filled = []
 
     def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q, k = (attention.rotate(x, positions, config) for x in (q, k))
-        found.append((k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
+        keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))
+        filled.append(cache.fill(caches[layer], keys, values, rows))
         return attention.attend(q, k, v, kernel, lambda site, value: value)
 
-    return _through(params, tokens, config, attend), found
+    return _through(params, tokens, config, attend), tuple(filled)
 
 
 def step(
@@ -132,9 +142,8 @@ def greedy(
     each device has its own rows.
     """
     batch, width = prompts.shape
-    hidden, found = prefill(params, prompts, config, runtime)
     caches = cache.empty(config, batch, width + new_tokens, dtype_of(params))
-    caches = cache.fill(caches, found, np.arange(batch))
+    hidden, caches = prefill(params, prompts, caches, np.arange(batch), config, runtime)
 
     def pick(hidden: jax.Array) -> jax.Array:
         logits = sharding.constrain(gptneox.unembed(params, hidden), ("batch", "vocab"))

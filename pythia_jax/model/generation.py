@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from pythia_jax.configs import ModelConfig, Runtime
 from pythia_jax.model.cache import DTYPES
 from pythia_jax.model.parameters import Params
-from pythia_jax.model.sampling import KEYS, sampling
+from pythia_jax.model.sampling import KEYS, Sampling, sampling
 from pythia_jax.model.serving import MOST_STEPS, Ended, Row, serve
 
 CHECKED_STEPS = 4
@@ -123,13 +123,24 @@ def continuations(
     On a mesh, iterate with it set (`jax.set_mesh`).
 
     Raises ValueError at once for an empty prompt, a token out of range, a prompt with no room
-    left in the context, and impossible settings.
+    left in the context, and impossible settings; NotFiniteError, on the way, for logits that are no
+    numbers.
     """
     given = [prompts] if isinstance(prompts, str) else prompts
-    tokens = [_encode(prompt, i, model) for i, prompt in enumerate(given)]
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    chosen = sampling(temperature, top_k, top_p, repetition_penalty)
-    _check(tokens, model, max_new_tokens, stop, batch_size, cache_dtype)
+    chosen = check_settings(
+        model.tokenizer,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        batch_size=batch_size,
+        cache_dtype=cache_dtype,
+    )
+    tokens = [_encode(prompt, i, model) for i, prompt in enumerate(given)]
+    check_prompts(tokens, model.config, max_new_tokens)
     keys = _keys(seed, len(tokens))
     rows = [Row(i, row, key) for i, (row, key) in enumerate(zip(tokens, keys, strict=True))]
     watch = _Watch(model.tokenizer, stop, on_tokens)
@@ -152,8 +163,20 @@ def continuations(
     return map(watch.done, served)
 
 
+class NotFiniteError(ValueError):
+    """A model gave no distribution for a token of the prompt in place `index`."""
+
+    def __init__(self, index: int, token: int) -> None:
+        self.index = index
+        self.why = (
+            f"the log-probability of new token {token} is no finite number: neither are the "
+            "model's logits; look at its weights, or compute in a wider dtype"
+        )
+        super().__init__(f"prompt {index}: {self.why}")
+
+
 class _Watch:
-    """Looks at the text of rows: ends them at stop strings, and passes tokens on as they come."""
+    """Looks at what is made: ends rows at stop strings, and passes tokens on as they come."""
 
     def __init__(
         self,
@@ -165,6 +188,9 @@ class _Watch:
         self._told: dict[int, int] = {}
 
     def look(self, row: Row) -> None:
+        wrong = np.flatnonzero(~np.isfinite(row.logprobs))
+        if wrong.size:
+            raise NotFiniteError(row.index, int(wrong[0]))
         certain = len(row.tokens)
         if self._stop:
             text = self._text(row.tokens)
@@ -208,6 +234,8 @@ class _Watch:
 def _encode(prompt: str | Sequence[int], row: int, model: GenerativeModel) -> list[int]:
     if not isinstance(prompt, str):
         try:
+            if isinstance(prompt, bytes | bytearray):
+                raise TypeError
             return [operator.index(token) for token in prompt]
         except TypeError:
             raise ValueError(
@@ -215,17 +243,37 @@ def _encode(prompt: str | Sequence[int], row: int, model: GenerativeModel) -> li
             ) from None
     if model.tokenizer is None:
         raise ValueError(f"prompt {row} is text, and the model has no tokenizer; pass token lists")
-    return model.tokenizer.encode(prompt).ids
+    try:
+        return encoded(prompt, model.tokenizer)
+    except ValueError as error:
+        raise ValueError(f"prompt {row}: {error}") from None
 
 
-def _check(
-    prompts: list[list[int]],
-    model: GenerativeModel,
+def encoded(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Its tokens. Raises ValueError for half of a surrogate pair, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can escape one, bytes of a shell be one
+        raise ValueError(
+            f"prompt is no text: {error.object[error.start]!r} is a lone surrogate"
+        ) from None
+    return tokenizer.encode(text).ids
+
+
+def check_settings(
+    tokenizer: Tokenizer | None,
+    *,
     max_new_tokens: int,
-    stop: tuple[str, ...],
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float,
+    stop: Sequence[str],
     batch_size: int,
     cache_dtype: str | None,
-) -> None:
+) -> Sampling:
+    """How tokens are drawn. Raises ValueError for settings of `continuations` that cannot be."""
+    chosen = sampling(temperature, top_k, top_p, repetition_penalty)
     for name, holds, need in (
         ("max_new_tokens", max_new_tokens >= 0, "at least 0"),
         ("batch_size", batch_size >= 1, "at least 1"),
@@ -238,9 +286,9 @@ def _check(
     ):
         if not holds:
             raise ValueError(f"{name} must be {need}")
-    if stop and model.tokenizer is None:
+    if stop and tokenizer is None:
         raise ValueError("stop strings are found in text, and the model has no tokenizer")
-    check_prompts(prompts, model.config, max_new_tokens)
+    return chosen
 
 
 def check_prompts(

@@ -216,12 +216,13 @@ def queries_keys_values(
     heads, size = config.num_attention_heads, config.head_size
     if site.wants(*SPLIT_READERS):
         # Every head reads a copy of the stream of its own, so that edges can be told apart.
-        kernel = quantize.kernel(qkv["kernel"]).reshape(config.hidden_size, heads, 3, size)
         bias = qkv["bias"].reshape(heads, 3, size)
         copies = jnp.broadcast_to(x[:, :, None], (*x.shape[:2], heads, config.hidden_size))
         split = []
         for i, reader in enumerate(SPLIT_READERS):
             read = layer_norm(site(reader, copies), norm, eps)
+            read, kernel = quantize.in_floats(read, qkv["kernel"])
+            kernel = kernel.reshape(config.hidden_size, heads, 3, size)
             precision = attention.exact(read)
             value = jnp.einsum("bshd,dhe->bshe", read, kernel[:, :, i], precision=precision)
             split.append(value + bias[:, i])

@@ -108,10 +108,18 @@ def in_floats(
     return x, kernel(weight)
 
 
+def whole_rows(weight: Quantized) -> Quantized:
+    """An embedding or unembedding, `[vocab, in]`, cut by tokens alone."""
+    values = sharding.constrain(weight.values, ("vocab", "stream"))
+    return replace(weight, values=values, scale=sharding.constrain(weight.scale, ("vocab",)))
+
+
 def rows(weight: Quantized, index: Int[Array, "*rows"]) -> Float[Array, "*rows in"]:
     """Output channels by number; NaN for a number that there is none of."""
+    weight = whole_rows(weight)
+    inside = (index >= 0) & (index < weight.values.shape[0])
     values = jnp.take(weight.values, index, axis=0, mode="clip").astype(jnp.float32)
-    scale = jnp.take(weight.scale, index, axis=0, mode="fill", fill_value=np.nan)
+    scale = jnp.where(inside, jnp.take(weight.scale, index, axis=0, mode="clip"), jnp.nan)
     return (values * scale[..., None]).astype(weight.dtype)
 
 
@@ -164,8 +172,11 @@ def _by_digits(x: jax.Array, values: jax.Array, *, digits: int) -> jax.Array:
 
 
 def _whole(x: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """Whole numbers up to `most` and a scale for each row of x, both float32."""
+    """Whole numbers up to `most` and a scale for each row of x, both float32.
+
+    Of a row with a number that is not finite the scale is none, and so is what it multiplies.
+    """
     x = x.astype(jnp.float32)
-    largest = jnp.abs(x).max(axis=-1, keepdims=True)
-    scale = jnp.where(largest > 0, largest / most, 1)
-    return jnp.round(x / scale), scale
+    scale = jnp.abs(x).max(axis=-1, keepdims=True) / most
+    scale = jnp.where(scale == 0, 1, scale)
+    return jnp.round(x / scale), jnp.where(jnp.isfinite(scale), scale, jnp.nan)

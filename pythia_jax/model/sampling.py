@@ -14,6 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 KEYS = "threefry2x32"
 """The generator of random keys, whatever JAX is set to: a seed's text stays the same."""
 
+_COLDEST = 1e-37
+"""Below, float32 divides by 0."""
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -42,7 +45,11 @@ def sampling(
     Raises ValueError for what cannot be.
     """
     for name, holds, need in (
-        ("temperature", math.isfinite(temperature) and temperature >= 0, "at least 0, and finite"),
+        (
+            "temperature",
+            math.isfinite(temperature) and (temperature == 0 or temperature >= _COLDEST),
+            f"0 (greedy), or finite and at least {_COLDEST:g}",
+        ),
         ("top_k", top_k is None or top_k >= 1, "at least 1"),
         ("top_p", top_p is None or 0 < top_p <= 1, "more than 0 and at most 1"),
         (

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+import jax
 import numpy as np
 from jaxtyping import UInt32
 
@@ -23,6 +24,10 @@ from pythia_jax.model.sampling import Sampling
 Ended = Literal["eod", "stop", "length"]
 MOST_STEPS = 16
 """Tokens of each row that are made between two looks at them, at most."""
+
+PROMPT_TOKENS = 2**14
+"""Of prompts run together, on each part that rows are cut into; a sixteenth of it on CPUs. What a
+layer needs meanwhile grows with them."""
 
 
 @dataclass(eq=False)
@@ -132,7 +137,7 @@ class _Batch:
         wanted = min(len(free), len(self.waiting))
         if not wanted:
             return []
-        size = self._group(wanted)
+        size = self._group(wanted, _width(len(self.waiting[0].prompt), self.config))
         places = free[: min(size, wanted)]
         rows = [self.waiting.popleft() for _ in places]
         for place, row in zip(places, rows, strict=True):
@@ -177,12 +182,15 @@ class _Batch:
         """Rounded up to what rows are cut into."""
         return -(-rows // self.shards) * self.shards
 
-    def _group(self, wanted: int) -> int:
-        """Prompts run together: all slots' worth, or the next lower power of four."""
-        if self._whole(wanted) == len(self.seats):
+    def _group(self, wanted: int, width: int) -> int:
+        """Prompts run together, of so many tokens each: all slots' worth, or the next lower power
+        of four, of no more than `PROMPT_TOKENS`."""
+        tokens = PROMPT_TOKENS // 16 if jax.default_backend() == "cpu" else PROMPT_TOKENS
+        most = max(1, tokens // width) * self.shards
+        if self._whole(wanted) == len(self.seats) <= most:
             return len(self.seats)
         size = self.shards
-        while size * 4 <= wanted:
+        while size * 4 <= min(wanted, most):
             size *= 4
         return size
 

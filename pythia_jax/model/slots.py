@@ -76,14 +76,14 @@ def admit(
     rows: the slots that they go to; one may be named twice, with the same prompt. most: new tokens
     of a row. Returns tokens and their log-probabilities beside the state.
     """
-    hidden, found = decode.prefill(params, tokens, config, runtime)
+    hidden, caches = decode.prefill(params, tokens, state.caches, rows, config, runtime)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     seen = None if state.seen is None else _marked(tokens, lengths, config)
     token, logprob = _draw(params, last, jnp.zeros_like(lengths), jnp.asarray(keys), seen, sampling)
     if state.seen is not None and seen is not None:
         seen = state.seen.at[rows].set(seen.at[jnp.arange(len(rows)), token].set(True))
     state = Slots(
-        caches=cache.fill(state.caches, found, rows),
+        caches=caches,
         token=state.token.at[rows].set(token),
         position=state.position.at[rows].set(lengths),
         drawn=state.drawn.at[rows].set(1),

@@ -170,7 +170,8 @@ def test_a_model_in_int8_is_not_scored_by_the_program_of_floats(model):
     def leaf(parameter, value):
         if not parameter.path.endswith("kernel"):
             return value
-        return Quantized(*map(jax.numpy.asarray, quantize.quantize(np.asarray(value.mT))))
+        values, scale = map(jax.numpy.asarray, quantize.quantize(np.asarray(value.mT)))
+        return Quantized(values, scale)
 
     stored = parameters.map_parameters(leaf, model.params)
     with pytest.raises(ValueError, match=r"kernel is int8\[.*, where .* has float32"):

@@ -30,9 +30,9 @@ def decoded(
     """Positions and logits, step after step, of rows whose prompts are of unequal length."""
     batch, width = tokens.shape
     served = decode.serving(params, runtime)
-    _, found = decode.prefill(served, tokens[:, : START.max()], CONFIG, runtime)
     caches = cache.empty(CONFIG, batch, width, dtype)
-    caches = cache.fill(caches, found, np.arange(batch))
+    given, rows = tokens[:, : START.max()], np.arange(batch)
+    _, caches = decode.prefill(served, given, caches, rows, CONFIG, runtime)
     step = jax.jit(partial(decode.step, config=CONFIG))
     made = []
     for position in START + np.arange(width - START.max())[:, None]:
@@ -50,6 +50,14 @@ def test_logits_with_the_cache_are_those_without(dtype: str, error: float) -> No
     whole = np.asarray(gptneox.forward(params, tokens, CONFIG))
     for position, logits in decoded(params, tokens, dtype):
         assert distance(logits, whole[np.arange(3), position]) < error
+
+
+def test_a_slot_that_is_not_finite_is_not_kept_as_if_it_were() -> None:
+    new = jnp.ones((2, 3, 16)).at[1, 2, 5].set(jnp.nan)
+    kept = cache.put(cache.empty(CONFIG, 2, 4, "int8")[0][0], new, jnp.int32(1))
+    assert kept.scale is not None
+    found = kept.values[:, :, 1] * kept.scale[:, :, 1, None]
+    assert np.isnan(found[1, 2]).all() and np.isfinite(found[0]).all()
 
 
 def test_a_cache_in_int8_takes_the_bytes_that_it_says() -> None:

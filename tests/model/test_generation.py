@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import pythia_jax as pj
 from pythia_jax.configs import ModelConfig, Runtime
-from pythia_jax.model.generation import Continuation, continuations
+from pythia_jax.model.generation import Continuation, continuations, encoded
 from pythia_jax.model.serving import _width
 
 CONFIG = ModelConfig(
@@ -286,7 +286,10 @@ def test_tokens_are_told_as_they_come_and_not_before_they_are_certain(model: Bar
         (["text"], {}, "no tokenizer"),
         ([1, 2], {}, "neither text nor a list"),
         ([[1.7]], {}, "neither text nor a list"),
-        ([[1]], {"temperature": -1.0}, "temperature must be at least 0"),
+        ([b"abc"], {}, "neither text nor a list"),
+        ([[1]], {"temperature": -1.0}, "temperature must be 0 .greedy., or finite"),
+        ([[1]], {"temperature": np.nan}, "temperature must be 0 .greedy., or finite"),
+        ([[1]], {"temperature": 1e-40, "top_k": 3}, "temperature must be .* at least 1e-37"),
         ([[1]], {"top_p": 0.0}, "top_p must be more than 0"),
         ([[1]], {"top_k": 0}, "top_k must be at least 1"),
         ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty must be more than 0"),
@@ -306,6 +309,20 @@ def test_bad_input_is_one_clear_error_before_anything_is_made(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         continuations(model, prompts, **{"max_new_tokens": 4, **settings})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_gives_no_distribution_is_an_error_and_no_text(
+    model: Bare, temperature: float
+) -> None:
+    broken = jax.tree.map(lambda x: x * np.float32(np.nan), model.params)
+    with pytest.raises(ValueError, match="prompt 0: the log-probability of new token 0 is no"):
+        pj.generate(replace(model, params=broken), [[1, 2]], temperature=temperature)
+
+
+def test_half_of_a_surrogate_pair_is_no_text() -> None:
+    with pytest.raises(ValueError, match=r"no text: '\\udcff' is a lone surrogate"):
+        encoded("a\udcff", Tokenizer(models.BPE({}, [])))
 
 
 def test_nothing_asked_for_gives_nothing_and_the_context_can_be_filled(model: Bare) -> None:

@@ -75,7 +75,7 @@ def test_rows_are_those_of_the_stored_matrix_and_nan_beyond_it() -> None:
     weight = made(RNG.normal(size=(9, 4)))
     whole = np.asarray(quantize.kernel(weight)).T
     np.testing.assert_array_equal(quantize.rows(weight, jnp.array([[3, 8]])), whole[[[3, 8]]])
-    assert np.isnan(quantize.rows(weight, jnp.array([9, -10]))).all()
+    assert np.isnan(jax.jit(quantize.rows)(weight, jnp.array([9, -10, -1]))).all()
 
 
 CONFIG = ModelConfig(
@@ -103,6 +103,16 @@ def both(dtype: str) -> tuple[dict, dict]:
             value = value if parameter.transposed else value.mT
         floats[parameter.path] = value
     return stored, map_parameters(lambda p, _: floats[p.path], params)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_stays_so_and_in_its_row(bad: float, dynamic: bool) -> None:
+    weight = made(RNG.normal(size=(48, 96)), dynamic)
+    x = RNG.normal(size=(3, 96)).astype(np.float32)
+    x[1, 5] = bad
+    finite = np.isfinite(quantize.matmul(jnp.asarray(x), weight))
+    assert not finite[1].any() and finite[[0, 2]].all()
 
 
 @pytest.mark.parametrize("scan", [True, False])

@@ -123,8 +123,8 @@ def test_decoding_turns_by_the_same_angles_as_the_forward_pass(precision):
     whole = hidden_states(params, tokens, config, runtime=runtime)[0]
     start = 396
     served = decode.serving(params, runtime)
-    _, found = decode.prefill(served, tokens[:, :start], config, runtime)
-    caches = cache.fill(cache.empty(config, 2, 400, "float32"), found, np.arange(2))
+    caches, rows = cache.empty(config, 2, 400, "float32"), np.arange(2)
+    _, caches = decode.prefill(served, tokens[:, :start], caches, rows, config, runtime)
     for position in range(start, 400):
         token, place = jnp.asarray(tokens[:, position]), jnp.full(2, position, jnp.int32)
         hidden, caches = decode.step(served, token, place, caches, config)
