@@ -19,7 +19,7 @@ TEST := $(VENV)/.installed-test
 CT2_VENV ?= .venv-ct2
 CT2 := $(CT2_VENV)/.installed
 # Bergson, TransformerLens and kronfluence, whose gradients ours are compared with, and
-# compressed-tensors, by which transformers opens our int8. The first and third also want
+# compressed-tensors, with which transformers opens our int8. Bergson and kronfluence also want
 # torchvision, which nothing here needs (pip will say so): they come without what they name.
 PEERS_VENV ?= .venv-peers
 PEERS := $(PEERS_VENV)/.installed

@@ -12,7 +12,8 @@ after the other. There are medians, of calls for all new tokens and for one alon
 the steps of decoding, so `decode tokens/s` is of these, and `tokens/s` of the whole call, prompts
 included. Models are loaded, and programs compiled, before the clock starts. Peak memory is that of
 the process, imports and loading included (`at rest`: once the first call is over, without what
-loading alone took); on a GPU it is the device's.
+loading alone took); on a GPU it is the device's. CTranslate2's models are converted beforehand, in
+processes of their own, and it is measured without torch, which it does not generate with.
 
 Where a copy on the device has been timed, the bound is that every step reads all weights but the
 embedding once: the share of it that was reached stands beside the tokens/s of one row.
@@ -132,22 +133,16 @@ def in_torch(place: Path, name: str, device: str) -> Generate:
     return generate
 
 
-def in_ctranslate2(place: Path, name: str, device: str) -> Generate:
+def convert(place: Path, name: str) -> None:
+    """Write what CTranslate2 loads, `ctranslate2-KIND` and words.json: with torch and transformers,
+    so in a process that is not measured."""
     import ctranslate2  # type: ignore
     import numpy as np
     import transformers
 
     kind = CTRANSLATE2[name]
-    folder = place / f"ctranslate2-{kind}"
     converter = ctranslate2.converters.TransformersConverter(str(place / "float32"))
-    converter.convert(str(folder), quantization=kind)
-    generator = ctranslate2.Generator(
-        str(folder),
-        device="cuda" if device == "gpu" else "cpu",
-        compute_type=kind,
-        inter_threads=1,
-        intra_threads=len(os.sched_getaffinity(0)),
-    )
+    converter.convert(str(place / f"ctranslate2-{kind}"), quantization=kind)
     tokenizer = transformers.AutoTokenizer.from_pretrained(place / "float32")
     extra = len(tokenizer)  # the converter calls ids that the tokenizer does not know like this
     words = [
@@ -157,6 +152,23 @@ def in_ctranslate2(place: Path, name: str, device: str) -> Generate:
         ]
         for row in np.load(place / "prompts.npy").tolist()
     ]
+    (place / "words.json").write_text(json.dumps(words), "utf-8")
+
+
+def in_ctranslate2(place: Path, name: str, device: str) -> Generate:
+    # It imports torch where there is one, and needs it to convert alone.
+    sys.modules["torch"] = None  # type: ignore
+    import ctranslate2  # type: ignore
+
+    kind = CTRANSLATE2[name]
+    generator = ctranslate2.Generator(
+        str(place / f"ctranslate2-{kind}"),
+        device="cuda" if device == "gpu" else "cpu",
+        compute_type=kind,
+        inter_threads=1,
+        intra_threads=len(os.sched_getaffinity(0)),
+    )
+    words = json.loads((place / "words.json").read_text("utf-8"))
 
     def generate(rows: int, new: int) -> None:
         made = generator.generate_batch(
@@ -211,20 +223,25 @@ def _device_peak(name: str) -> float:
     return float("nan")
 
 
+def of_process(name: str, device: str) -> dict[str, str]:
+    """The environment of a process of an implementation."""
+    added = {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda"}
+    # What our environment finds by PYTHONPATH is not for theirs.
+    added |= {"PYTHONPATH": ""} if name in CTRANSLATE2 else {}
+    return {**os.environ, **added}
+
+
 class Worker:
     def __init__(self, name: str, python: str, place: Path, device: str) -> None:
         self.name = name
         self.taken: dict[tuple[int, int], list[dict]] = {}
-        added = {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda"}
-        # What our environment finds by PYTHONPATH is not for theirs.
-        added |= {"PYTHONPATH": ""} if name in CTRANSLATE2 else {}
         command = [python, os.path.abspath(__file__), "--worker", name, "--place", str(place)]
         self.process = subprocess.Popen(
             [*command, "--device", device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **added},
+            env=of_process(name, device),
         )
 
     def take(self, rows: int, new: int, *, keep: bool = True) -> None:
@@ -264,7 +281,8 @@ def measure(
     device: str,
 ) -> dict[str, Any]:
     """By batch and implementation: figures of the medians. And what `write_models` tells."""
-    calls = [(rows, length) for rows in batches for length in (1, new)]
+    # The smallest first, for what memory was at its most is kept.
+    calls = [(rows, length) for rows in sorted(batches) for length in (1, new)]
     taken: dict[str, dict[tuple[int, int], list[dict]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
@@ -278,6 +296,14 @@ def measure(
             stdout=subprocess.PIPE,
             text=True,
         )
+        for name in pythons.keys() & CTRANSLATE2.keys():
+            command = [pythons[name], os.path.abspath(__file__), "--place", str(place)]
+            subprocess.run(
+                [*command, "--convert", name],
+                env=of_process(name, "cpu"),
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
         # On a GPU one after the other, else taking turns.
         groups = [[name] for name in pythons] if device == "gpu" else [list(pythons)]
         for group in groups:
@@ -358,7 +384,7 @@ def share_of_bound(
     return row["decode tokens/s"] / (copied / (whole * width / 4))
 
 
-def verdict(measured: dict[str, Any], device: str) -> str:
+def verdict(measured: dict[str, Any], device: str, copied: float | None) -> str:
     lines = []
     for size, found in measured.items():
         for batch, rows in found["batches"].items():
@@ -369,10 +395,23 @@ def verdict(measured: dict[str, Any], device: str) -> str:
                 f"{size}, {batch} rows: ours, the fastest, {mine / theirs:.2f} times transformers"
             )
             line += f" (aim: {AIMS[device]:g})"
+            for dtype in ("float32", "bfloat16"):
+                pair = [rows.get(f"{whose}, {dtype}") for whose in ("ours", "transformers")]
+                if pair[0] and pair[1]:
+                    share = pair[0]["tokens/s"] / pair[1]["tokens/s"]
+                    line += f"; in {dtype} both, {share:.2f} times"
             if "CTranslate2, int8" in rows:
                 other = rows["CTranslate2, int8"]["tokens/s"]
                 own = max(rows[n]["tokens/s"] for n in rows if n in OURS and "int8" in n)
                 line += f"; ours in int8 {own / other:.2f} times CTranslate2's int8"
+            shares = [
+                share
+                for name, row in rows.items()
+                if name in OURS
+                and (share := share_of_bound(found["bytes"], batch, name, row, copied)) is not None
+            ]
+            if shares:
+                line += f"; up to {max(shares):.2f} of the memory-bandwidth bound (aim: {SHARE:g})"
             lines.append(line)
     return "\n".join(lines)
 
@@ -404,6 +443,7 @@ def ctranslate2_version(venv: Path | None) -> str:
 @click.option("--out", type=click.Path(path_type=Path), help="also write .json, or .md as printed")
 @click.option("--worker", hidden=True)
 @click.option("--write", hidden=True)
+@click.option("--convert", "converted", hidden=True)
 @click.option("--place", type=click.Path(path_type=Path), hidden=True)
 def main(
     sizes: str,
@@ -418,6 +458,7 @@ def main(
     out: Path | None,
     worker: str | None,
     write: str | None,
+    converted: str | None,
     place: Path | None,
 ) -> None:
     if worker:
@@ -428,6 +469,10 @@ def main(
         assert place is not None
         size, length, rows = write.split()
         click.echo(write_models(place, size, int(length), int(rows)))
+        return
+    if converted:
+        assert place is not None
+        convert(place, converted)
         return
     if new_tokens < 2:
         raise click.BadParameter("--new-tokens: at least 2, or there is no step to time")
@@ -456,7 +501,7 @@ def main(
         numbers = [int(batch) for batch in batches.split(",")]
         measured[size] = measure(size, numbers, prompt, new_tokens, repeats, pythons, device)
     text = f"{head}; medians of {repeats}\n\n{table(measured, copied)}\n\n"
-    text += verdict(measured, device) + "\n"
+    text += verdict(measured, device, copied) + "\n"
     click.echo(text)
     if out:
         result = {"machine": head, "measured": measured, "copy": copied}

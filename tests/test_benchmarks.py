@@ -29,6 +29,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_the_train_step_benchmark_prints_ours_beside_torch(tmp_path):
     out = tmp_path / "results.json"
     done = run("--shapes", "14m:1x16", "--repeats", "1", "--out", str(out))
@@ -170,6 +171,7 @@ def test_the_loading_benchmark_prints_ours_beside_torch_and_raw_copies():
     assert "times as many rows as torch's best (aim: 5)" in printed
 
 
+@pytest.mark.slow
 def test_the_moments_benchmark_prints_rebuilt_ones_beside_zero():
     small = ["--step", "4", "--after", "2", "--steps", "8", "--windows", "2", "--width", "32"]
     printed = script_output("rebuilt_moments.py", *small, "--characters", "300000")
@@ -181,6 +183,7 @@ def test_the_moments_benchmark_prints_rebuilt_ones_beside_zero():
     assert rebuilt[:4] == sums[:4] and float(sums[5]) < float(rebuilt[5])
 
 
+@pytest.mark.slow
 def test_the_convert_benchmark_prints_ours_beside_orbax_and_transformers(tmp_path):
     out = tmp_path / "results.json"
     printed = script_output("convert.py", "--size", "14m", "--folder", tmp_path, "--out", out)

@@ -153,6 +153,7 @@ def test_a_batch_made_again_has_the_loss_that_the_run_logged(quick: Path, tmp_pa
     assert ran.out is None
 
 
+@pytest.mark.slow
 def test_the_curve_of_learning_dynamics_rises_above_chance(quick: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     published = PUBLISHED / "pythia-70m-deduped" / "zero-shot"

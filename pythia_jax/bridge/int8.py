@@ -130,23 +130,22 @@ def rounded_matrix(
 
 
 def tensors(tensor: Tensor) -> list[Tensor]:
-    """The two tensors that a matrix is stored in. It is read once, for both."""
-    lock, known = threading.Lock(), []
+    """The two tensors that a matrix is stored in, each to be read once.
 
-    def values() -> np.ndarray:
+    The matrix is read and rounded for whichever of them is asked for first, and what belongs to
+    the other is kept until it is taken.
+    """
+    lock, kept = threading.Lock(), {}
+
+    def take(part: str) -> np.ndarray:
         with lock:
-            found, scale = rounded_matrix(tensor.name, tensor.read())
-            known.append(scale)
-        return found
-
-    def scale() -> np.ndarray:
-        with lock:  # held by who reads the values
-            if known:
-                return known[0][:, None]
-        return rounded_matrix(tensor.name, tensor.read())[1][:, None]
+            if part not in kept:
+                values, scale = rounded_matrix(tensor.name, tensor.read())
+                kept.update(values=values, scale=scale[:, None])
+            return kept.pop(part)
 
     shape, name = tensor.shape, scale_name(tensor.name)
     return [
-        Tensor(tensor.name, shape, values, "int8"),
-        Tensor(name, (shape[0], 1), scale, "float32"),
+        Tensor(tensor.name, shape, lambda: take("values"), "int8"),
+        Tensor(name, (shape[0], 1), lambda: take("scale"), "float32"),
     ]

@@ -30,7 +30,7 @@ from pythia_jax.cli.options import CHECKPOINT, MODEL
 @click.option("--report", is_flag=True, help="Tell what is lost; without TARGET, only that.")
 @click.option(
     "--text",
-    type=click.Path(path_type=Path),
+    type=click.Path(exists=True, path_type=Path),
     help="With --report: a file or folder of text, for perplexity before and after, and errors of "
     "outputs and logits.",
 )
@@ -48,7 +48,7 @@ def quantize(
 
     MODEL is a hub id (70m), or a folder of any kind (gs:// too). TARGET is a Hugging Face folder,
     which every command opens. Matrices become int8, with a scale for each output channel; norms and
-    biases stay.
+    biases stay. The report comes once TARGET is whole, which stays if there can be none.
     """
     # As Ctrl-C does: what is half-written goes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -56,16 +56,15 @@ def quantize(
         raise click.UsageError("--text and --data go with --report")
     if not report and target is None:
         raise click.UsageError("name the folder to write: quantize MODEL TARGET, or --report")
-    found = None
+    if target is not None:
+        from pythia_jax.bridge.quantize import quantize
+
+        written = quantize(model, target, **options)
+        click.echo(f"{written.source} -> {target}")
     if report:
         from pythia_jax.evaluation import quantized
 
         found = quantized.report(model, text=text, prefix=prefix, **options)
         click.echo(found.table())
-    if target is not None:
-        from pythia_jax.bridge.quantize import quantize
-
-        written = quantize(model, target, **options)
-        if found is not None:
+        if target is not None:
             found.save(Path(target))
-        click.echo(f"{written.source} -> {target}")

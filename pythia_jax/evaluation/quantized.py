@@ -147,8 +147,8 @@ def report(
     """
     scheme = scheme_of(bits, activations, keep_embeddings)
     opened = open_floats(source, revision=revision, step=step)
-    rows = None if text is None and prefix is None else rows_of(opened, text, prefix)
-    measured = _Measured(opened, scheme)
+    rows = [] if text is None and prefix is None else rows_of(opened, text, prefix)
+    measured = _Measured(opened, scheme, dtype)
     total = opened.config.num_hidden_layers + 2
     with tqdm(total=total, unit=" parts", desc="comparing", disable=not show_progress) as bar:
         for _ in measured.run(rows):
@@ -158,16 +158,18 @@ def report(
         scheme.in_words(),
         measured.weights,
         sizes(opened, scheme, dtype or opened.stored_dtype),
-        None if rows is None else measured.on_text(rows),
+        measured.on_text(rows) if rows else None,
     )
 
 
-def rows_of(opened: Opened, text: Path | None, prefix: str | None) -> Int[np.ndarray, "rows seq+1"]:
+def rows_of(
+    opened: Opened, text: Path | None, prefix: str | None
+) -> list[Int[np.ndarray, "rows seq+1"]]:
     """The first tokens of a text or a dataset, in rows as long as the context allows.
 
-    A row begins with the last token of the one before; a document of a text ends with
-    `<|endoftext|>`. Raises ValueError for one too short, for other tokens, and where there is no
-    tokenizer.
+    What is left over is a shorter row, in an array of its own. A row begins with the last token of
+    the one before; a document of a text ends with `<|endoftext|>`. Raises ValueError for one too
+    short, for other tokens, and where there is no tokenizer.
     """
     if text is not None and prefix is not None:
         raise ValueError(f"text (--text) {text} and data (--data) {prefix}: give one of them")
@@ -181,10 +183,11 @@ def rows_of(opened: Opened, text: Path | None, prefix: str | None) -> Int[np.nda
     length = min(opened.config.max_position_embeddings, len(tokens) - 1)
     if length < 1:
         raise ValueError(f"{text or prefix}: holds no two tokens, so there is nothing to predict")
-    starts = length * np.arange((len(tokens) - 1) // length)
-    rows = tokens[starts[:, None] + np.arange(length + 1)]
-    check_tokens(rows, opened.config)
-    return rows
+    check_tokens(tokens[None], opened.config)
+    count, left = divmod(len(tokens) - 1, length)
+    starts = length * np.arange(count)
+    rows = [tokens[starts[:, None] + np.arange(length + 1)]]
+    return [*rows, tokens[None, -1 - left :]] if left else rows
 
 
 def _encoded(opened: Opened, text: Path) -> list[int]:
@@ -219,20 +222,20 @@ def sizes(opened: Opened, scheme: Scheme, dtype: str) -> dict[str, int]:
 class _Measured:
     """Both models side by side, one part of them after the other."""
 
-    def __init__(self, opened: Opened, scheme: Scheme) -> None:
-        self._opened, self._scheme = opened, scheme
+    def __init__(self, opened: Opened, scheme: Scheme, dtype: str | None) -> None:
+        self._opened, self._scheme, self._dtype = opened, scheme, dtype
         self.weights: dict[str, list[float]] = {}
         self._outputs: dict[str, list[float]] = {}
         self._logits = np.zeros(2)
         self._losses = np.zeros(2)
 
-    def run(self, rows: Int[np.ndarray, "rows seq+1"] | None) -> Iterator[None]:
-        """Compare the parts, from the embedding to the unembedding; yields after each."""
+    def run(self, rows: list[Int[np.ndarray, "rows seq+1"]]) -> Iterator[None]:
+        """Compare the parts, from the embedding to the unembedding; yields after each.
+
+        rows: `rows_of` a text; of none, the weights alone are compared.
+        """
         config = self._opened.config
-        batches: list = []
-        if rows is not None:
-            size = max(1, _TOGETHER // (rows.shape[1] - 1))
-            batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        batches = [batch for some in rows for batch in _batches(some)]
         models = self._both("embed_in")
         streams = [[embed(model, batch[:, :-1]) for model in models] for batch in batches]
         self._add([{"embed_in": _squares(x, y)} for x, y in streams])
@@ -256,9 +259,9 @@ class _Measured:
         self._add(found)
         yield
 
-    def on_text(self, rows: Int[np.ndarray, "rows seq+1"]) -> OnText:
+    def on_text(self, rows: list[Int[np.ndarray, "rows seq+1"]]) -> OnText:
         """What `run` has found of these rows."""
-        count = rows[:, 1:].size
+        count = sum(some[:, 1:].size for some in rows)
         before, after = (math.exp(loss / count) for loss in self._losses)
         return OnText(count, before, after, _relative(self._logits), self._outputs)
 
@@ -276,7 +279,8 @@ class _Measured:
                 continue
             path = parameter.path.removeprefix("layers/")
             value = self._opened.read(parameter, layer)
-            floats[path] = rounded[path] = jnp.asarray(value, jnp.float32)
+            floats[path] = jnp.asarray(value, jnp.float32)
+            rounded[path] = floats[path].astype(self._dtype or jnp.float32).astype(jnp.float32)
             if self._scheme.covers(parameter):
                 turned = value.T if parameter.transposed else value
                 matrix = rounded_matrix(parameter.hf.format(layer=layer), turned)
@@ -346,6 +350,11 @@ def _layer(
                 for m in (floats, rounded)]  # fmt: skip
         found[name] = _squares(*pair)
     return [after, run(rounded, y, ())[0]], found
+
+
+def _batches(rows: Int[np.ndarray, "rows seq+1"]) -> list[Int[np.ndarray, "some seq+1"]]:
+    size = max(1, _TOGETHER // (rows.shape[1] - 1))
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def _chunks(

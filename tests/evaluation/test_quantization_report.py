@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import refused, run
 from reference import TINY, random_params, random_tokens
 
 import pythia_jax as pj
@@ -18,6 +19,8 @@ from pythia_jax.model.parameters import items
 from pythia_jax.model.quantize import Quantized
 
 HOW: Any = {"show_progress": False}
+EXACT = 1e-3
+"""Relative: of an error in NumPy's float64 and in float32."""
 CONFIG = dataclasses.replace(TINY, num_hidden_layers=2, max_position_embeddings=16)
 TEXT = "A cat sat on the mat; the mat was of no interest to the cat, which slept. " * 3
 
@@ -61,18 +64,19 @@ def test_perplexity_and_logits_are_those_of_the_two_models(both, prefix) -> None
     found = quantized.report(floats, prefix=str(prefix), activations=activations, **HOW).text
     assert found is not None
     tokens = np.asarray(pj.data.open(prefix).tokens).astype(np.int32)
-    rows = np.stack([tokens[16 * i : 16 * i + 17] for i in range(6)])  # 101 tokens: 6 rows of 16
-    assert found.tokens == 96
+    # Of 101 tokens 100 are predicted: 6 rows of 16, and 4 tokens more.
+    rows = [tokens[i : i + 17][None] for i in range(0, 100, 16)]
+    assert found.tokens == sum(row.size - 1 for row in rows) == 100
     logits = []
     for folder, perplexity in (
         (floats, found.perplexity_before),
         (int8, found.perplexity_after),
     ):
         model = pj.load(folder)
-        value = np.asarray(pj.forward(model.params, rows[:, :-1], CONFIG), np.float64)
+        made = [pj.forward(model.params, row[:, :-1], CONFIG)[0] for row in rows]
+        value = np.concatenate(made).astype(np.float64)
         normed = value - np.log(np.exp(value).sum(axis=-1, keepdims=True))
-        mean = -np.take_along_axis(normed, rows[:, 1:, None], axis=-1).mean()
-        assert perplexity == pytest.approx(np.exp(mean), rel=2e-6)
+        assert perplexity == pytest.approx(np.exp(-normed[range(100), tokens[1:]].mean()), rel=1e-5)
         logits.append(value - value.mean(axis=-1, keepdims=True))
     assert found.perplexity_before != found.perplexity_after
     assert found.logits == pytest.approx(relative(logits[1], logits[0]), rel=1e-2)
@@ -94,26 +98,59 @@ def test_errors_of_matrices_and_of_their_outputs_are_numpy_s(both, prefix) -> No
         errors = [relative(a, np.asarray(b)) for a, b in pairs]
         assert report.weights[module] == pytest.approx(errors, rel=1e-3)
         assert all(1e-3 < error < 1e-2 for error in errors)
-    tokens = np.asarray(pj.data.open(prefix).tokens).astype(np.int32)[:96].reshape(6, 16)
-    _, sites = pj.forward(before.params, tokens, CONFIG, capture=("mlp.post", "ln_final"))
-    for module, value, kernel, index in (
-        ("mlp/dense_4h_to_h", sites["mlp.post"][1], "layers/mlp/dense_4h_to_h/kernel", 1),
-        ("embed_out", sites["ln_final"], "embed_out/kernel", 0),
-    ):
-        value, whole = np.asarray(value, np.float64), stored[kernel]
-        scale = np.abs(value).max(axis=-1, keepdims=True) / (127 if whole.dynamic else np.inf)
-        read = np.rint(value / scale) * scale if whole.dynamic else value
-        tables = [
-            np.asarray(x[index] if kernel.startswith("layers") else x, np.float64)
-            for x in (quantize.kernel(whole), dict(_flat(before.params))[kernel])
-        ]
-        wanted = relative(read @ tables[0], value @ tables[1])
-        assert report.text is not None
-        assert report.text.outputs[module][index] == pytest.approx(wanted, rel=2e-2)
+    tokens = np.asarray(pj.data.open(prefix).tokens).astype(np.int32)
+    # Of 101 tokens all but the last are read: 6 rows of 16, and one of 4.
+    read = [
+        module_inputs(before, part) for part in (tokens[:96].reshape(6, 16), tokens[None, 96:100])
+    ]
+    floating = {p.path: np.asarray(value, np.float64) for p, value in items(before.params)}
+    assert report.text is not None
+    for module, inputs in read[0].items():
+        path = f"{module}/kernel" if module == "embed_out" else f"layers/{module}/kernel"
+        dynamic, rounded = stored[path].dynamic, np.asarray(quantize.kernel(stored[path]))
+        assert len(report.text.outputs[module]) == len(inputs)
+        for layer, found in enumerate(report.text.outputs[module]):
+            value = np.concatenate([part[module][layer] for part in read]).astype(np.float64)
+            scale = np.abs(value).max(axis=-1, keepdims=True) / 127
+            whole = np.rint(value / scale) * scale if dynamic else value
+            tables = [x if module == "embed_out" else x[layer] for x in (rounded, floating[path])]
+            wanted = relative(whole @ tables[0], value @ tables[1])
+            assert found == pytest.approx(wanted, rel=EXACT), (module, layer)
+    embeddings = [
+        np.asarray(table, np.float64)[tokens[:100]]
+        for table in (
+            quantize.kernel(stored["embed_in/embedding"]).mT,
+            floating["embed_in/embedding"],
+        )
+    ]
+    assert report.text.outputs["embed_in"] == [pytest.approx(relative(*embeddings), rel=EXACT)]
 
 
-def _flat(params):
-    return ((parameter.path, value) for parameter, value in items(params))
+def module_inputs(model: Any, tokens: np.ndarray) -> dict[str, list[np.ndarray]]:
+    """What each matrix is multiplied with in a float model: by module, `[row, in]` a layer."""
+    sites = ("resid_pre", "attn.z", "mlp_in", "mlp.post", "ln_final")
+    _, read = pj.forward(model.params, tokens, CONFIG, capture=sites)
+    layers = model.params["layers"]
+    found: dict[str, list] = {
+        "attention/query_key_value": _normed(read["resid_pre"], layers["input_layernorm"]),
+        "attention/dense": list(read["attn.z"]),
+        "mlp/dense_h_to_4h": _normed(read["mlp_in"], layers["post_attention_layernorm"]),
+        "mlp/dense_4h_to_h": list(read["mlp.post"]),
+        "embed_out": [read["ln_final"]],
+    }
+    return {
+        module: [np.asarray(value).reshape(tokens.size, -1) for value in values]
+        for module, values in found.items()
+    }
+
+
+def _normed(streams: Any, norm: dict) -> list[np.ndarray]:
+    """LayerNorm, layer by layer, of `[layer, batch, seq, hidden]`."""
+    streams = np.asarray(streams, np.float64)
+    centred = streams - streams.mean(axis=-1, keepdims=True)
+    deviation = np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + CONFIG.layer_norm_eps)
+    scale, bias = (np.asarray(norm[name], np.float64) for name in ("scale", "bias"))
+    return [x * scale[i] + bias[i] for i, x in enumerate(centred / deviation)]
 
 
 def test_bytes_are_those_of_the_file(both) -> None:
@@ -142,22 +179,35 @@ def test_without_a_text_the_weights_alone_are_told(floats, tmp_path) -> None:
     assert content["text"] is None and content["weights"] == found.weights
 
 
-def test_of_a_text_the_first_tokens_are_read_whole(floats, tmp_path, monkeypatch) -> None:
+def test_what_stays_in_floats_is_told_in_the_dtype_it_is_written_in(floats) -> None:
+    found = quantized.report(floats, keep_embeddings=True, dtype="bfloat16", **HOW)
+    (error,) = found.weights["embed_in"]
+    assert 2**-11 < error < 2**-8
+
+
+def test_of_a_text_the_first_tokens_are_read_to_the_last(floats, tmp_path, monkeypatch) -> None:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     opened = quantized.open_floats(floats)
-    rows = quantized.rows_of(opened, path, None)
     tokenizer = pj.load(floats).tokenizer
     assert tokenizer is not None
     tokenizer.no_truncation()
     ids = [*tokenizer.encode(TEXT).ids, 0]
-    assert rows.shape == ((len(ids) - 1) // 16, 17) and len(rows) > 5
-    assert np.concatenate([rows[:, :-1].reshape(-1), rows[-1, -1:]]).tolist() == ids[: rows.size
-        - len(rows) + 1]  # fmt: skip
-    monkeypatch.setattr(quantized, "TOKENS", 40)
-    assert quantized.rows_of(opened, path, None).tolist() == rows[:2].tolist()
+
+    def check(ids: list[int]) -> None:
+        whole, *rest = quantized.rows_of(opened, path, None)
+        rows = [*whole.tolist(), *(row for some in rest for row in some.tolist())]
+        assert rows == [ids[i : i + 17] for i in range(0, len(ids) - 1, 16)]
+        assert len(rest) == ((len(ids) - 1) % 16 > 0)
+
+    assert len(ids) > 5 * 16
+    check(ids)
+    for most in (40, 48, 49):
+        monkeypatch.setattr(quantized, "TOKENS", most)
+        check(ids[: most + 1])
     path.write_text("cat")
-    assert quantized.rows_of(opened, path, None).shape == (1, 4)
+    (row,) = quantized.rows_of(opened, path, None)
+    assert row.shape == (1, 4)
 
 
 def test_texts_that_cannot_be_used_are_refused(floats, prefix, tmp_path) -> None:
@@ -176,3 +226,23 @@ def test_texts_that_cannot_be_used_are_refused(floats, prefix, tmp_path) -> None
     pj.save_hf(Model(random_params(CONFIG), CONFIG), tmp_path / "mute")
     with pytest.raises(ValueError, match=r"has no tokenizer, so text \(--text\) cannot be read"):
         quantized.report(tmp_path / "mute", text=empty, **HOW)
+
+
+def test_the_target_is_looked_at_before_a_report_is_made(floats, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(quantized, "report", lambda *_, **__: pytest.fail("a report is made"))
+    (tmp_path / "busy").mkdir()
+    (tmp_path / "busy" / "notes.txt").write_text("keep")
+    told = refused("quantize", floats, tmp_path / "busy", "--report")
+    assert "no part of an exported model" in told
+
+
+def test_what_is_written_stays_if_there_can_be_no_report(floats, tmp_path) -> None:
+    out, empty = tmp_path / "int8", tmp_path / "empty.txt"
+    assert "does not exist" in refused("quantize", floats, out, "--report", "--text", empty)
+    assert not out.exists()
+    empty.write_text("")
+    told = run("quantize", floats, out, "--report", "--text", empty)
+    assert told.exit_code == 1
+    assert f"{floats} -> {out}" in told.output and f"{empty}: holds no two" in told.output
+    assert not (out / quantized.FILE).exists()
+    assert pj.load(out).config == CONFIG

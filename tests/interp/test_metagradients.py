@@ -180,6 +180,7 @@ def test_a_skipped_step_has_no_influence_and_a_stopped_one_is_refused() -> None:
         metagradient(poisoned(WHOLE), tokens[1:2], query, steps=1, config=WHOLE, runtime=F64)
 
 
+@pytest.mark.slow
 def test_in_float32_influence_is_that_of_float64() -> None:
     with jax.enable_x64(True):
         state, tokens = start(CLIPPED), TOKENS[BEFORE:]

@@ -1,5 +1,6 @@
 """Choosing tokens against transformers' processors, and against the distribution asked for."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import ArrayLike
+from random_inputs import random_params
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -16,6 +18,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+import pythia_jax as pj
+from pythia_jax.configs import ModelConfig
 from pythia_jax.model.sampling import KEYS, Sampling, draw, processed, sampling
 
 LOGITS = np.log([0.5, 0.25, 0.15, 0.1])
@@ -101,6 +105,37 @@ def test_a_temperature_near_zero_takes_the_likeliest() -> None:
     assert frequencies(LOGITS, draws=100, temperature=1e-30)[0] == 1
 
 
+def indifferent(logits: ArrayLike) -> Any:
+    """A model that gives these logits after whatever text, and ends none."""
+    config = ModelConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=len(LOGITS)
+    )
+    params = random_params(config)
+    norm, kernel = params["final_layer_norm"], np.zeros((8, len(LOGITS)), np.float32)
+    norm["scale"], norm["bias"] = np.zeros(8, np.float32), np.eye(8, dtype=np.float32)[0]
+    kernel[0] = logits
+    params["embed_out"]["kernel"] = kernel
+    return SimpleNamespace(params=params, config=config, tokenizer=None, eod=-1)
+
+
+def test_every_token_of_a_text_is_a_draw_of_its_own() -> None:
+    texts, new = 256, 32
+    drawn = np.array(
+        pj.generate(indifferent(LOGITS), [[1]] * texts, max_new_tokens=new, batch_size=texts)
+    )
+    probabilities = np.exp(LOGITS)
+    for token, probability in enumerate(probabilities):  # at each place of a text
+        np.testing.assert_allclose((drawn == token).mean(axis=0), probability, atol=0.15)
+        assert (drawn == token).mean() == pytest.approx(probability, abs=0.02)
+    # Two places of a text, or of two texts, agree as often as two draws do by chance.
+    chance = np.square(probabilities).sum()
+    for rows in (drawn, drawn.T):
+        agree = (rows[:, :, None] == rows[:, None]).mean(axis=0)
+        others = agree[~np.eye(len(agree), dtype=bool)]
+        assert others.mean() == pytest.approx(chance, abs=0.02)
+        np.testing.assert_allclose(others, chance, atol=5 * np.sqrt(0.25 / len(rows)))
+
+
 def test_log_probabilities_are_of_the_logits_as_they_came() -> None:
     logits = np.random.default_rng(0).standard_normal((3, 50), np.float32)
     keys = jnp.arange(6, dtype=jnp.uint32).reshape(3, 2)
@@ -118,8 +153,9 @@ def test_settings_that_change_nothing_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ((-1.0, None, None, 1.0), "temperature must be at least 0"),
-        ((float("nan"), None, None, 1.0), "temperature must be at least 0"),
+        ((-1.0, None, None, 1.0), r"temperature must be 0 \(greedy\), or"),
+        ((1e-40, None, None, 1.0), "temperature must be .* at least 1e-37"),
+        ((float("nan"), None, None, 1.0), "temperature must be .* finite"),
         ((float("inf"), None, None, 1.0), "temperature must be .* finite"),
         ((1.0, 0, None, 1.0), "top_k must be at least 1"),
         ((1.0, None, 0.0, 1.0), "top_p must be more than 0"),

@@ -112,6 +112,7 @@ def test_a_pod_told_to_leave_saves_says_so_and_goes_on_bitwise(make_config: Make
     assert numbers(cut.checkpoint.directory) == numbers(straight.checkpoint.directory)
 
 
+@pytest.mark.slow
 def test_a_process_alone_told_to_leave_does_the_same(make_config: Make) -> None:
     config = make_config(training={"steps": 3000})
     path = Path(config.checkpoint.directory).with_suffix(".yaml")
@@ -123,6 +124,7 @@ def test_a_process_alone_told_to_leave_does_the_same(make_config: Make) -> None:
     assert any("start again to go on" in line for line in result.output[0])
 
 
+@pytest.mark.slow
 def test_a_pods_clock_saves_once_each_time(make_config: Make) -> None:
     config = make_config(
         model=MODEL,
