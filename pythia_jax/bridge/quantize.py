@@ -10,7 +10,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pythia_jax.bridge import hf_out
 from pythia_jax.bridge.convert import check_apart, open_any, shown
-from pythia_jax.bridge.int8 import BITS, Scheme
+from pythia_jax.bridge.int8 import BITS, Scheme, read_dynamic
 from pythia_jax.bridge.opened import Opened
 from pythia_jax.data.storage import is_url
 
@@ -40,14 +40,20 @@ def quantize(
     activations: what the matrices are to be multiplied with. keep_embeddings: leave both embeddings
     in floats. dtype: of what stays in floats; None keeps the one it is stored in.
 
-    Raises ValueError for other bits, for what is quantised already and for weights that are not
-    finite, and as `open_any` and `hf_out.save` do. What was at the target stays if anything fails.
+    A model in int8 that is there already is replaced. Raises FileExistsError for one in floats,
+    ValueError for other bits, for what is quantised already and for weights that are not finite,
+    and as `open_any` and `hf_out.save` do. What was at the target stays if anything fails.
     """
     scheme = scheme_of(bits, activations, keep_embeddings)
     folder = Path(target)
     if is_url(target):
         raise ValueError(f"{target}: quantised models are written to folders of this machine")
     check_apart(source, folder)
+    if (folder / "config.json").exists() and read_dynamic(folder) is None:
+        raise FileExistsError(
+            f"{folder}: holds a model in floats, whose place this would take; name another folder, "
+            "or move it away"
+        )
     opened = open_floats(source, revision=revision, step=step, cache_dir=cache_dir)
     # Where it lies is nobody's business: of a folder, its name.
     there = is_url(source) or Path(source).exists()

@@ -47,13 +47,16 @@ def quantize(
     """Write MODEL to the folder TARGET in int8: a quarter of float32, half of float16.
 
     MODEL is a hub id (70m), or a folder of any kind (gs:// too). TARGET is a Hugging Face folder,
-    which every command opens. Matrices become int8, with a scale for each output channel; norms and
-    biases stay. The report comes once TARGET is whole, which stays if there can be none.
+    which every command opens; one in int8 that is there is replaced, one in floats is not. Matrices
+    become int8, with a scale for each output channel; norms and biases stay. The report comes once
+    TARGET is whole, which stays if there can be none.
     """
     # As Ctrl-C does: what is half-written goes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if not report and (text is not None or prefix is not None):
         raise click.UsageError("--text and --data go with --report")
+    if text is not None and prefix is not None:
+        raise click.UsageError("give one of --text and --data")
     if not report and target is None:
         raise click.UsageError("name the folder to write: quantize MODEL TARGET, or --report")
     if target is not None:

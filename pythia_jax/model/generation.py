@@ -274,18 +274,19 @@ def check_settings(
 ) -> Sampling:
     """How tokens are drawn. Raises ValueError for settings of `continuations` that cannot be."""
     chosen = sampling(temperature, top_k, top_p, repetition_penalty)
-    for name, holds, need in (
-        ("max_new_tokens", max_new_tokens >= 0, "at least 0"),
-        ("batch_size", batch_size >= 1, "at least 1"),
-        ("stop", all(stop), "strings that are not empty"),
+    for name, value, holds, need in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
+        ("batch_size", batch_size, batch_size >= 1, "at least 1"),
+        ("stop", list(stop), all(stop), "strings that are not empty"),
         (
             "cache_dtype",
+            cache_dtype,
             cache_dtype in (None, *DTYPES),
             f"one of {', '.join(DTYPES)}, or None for that of the computation",
         ),
     ):
         if not holds:
-            raise ValueError(f"{name} must be {need}")
+            raise ValueError(f"{name} must be {need}, and not {value}")
     if stop and tokenizer is None:
         raise ValueError("stop strings are found in text, and the model has no tokenizer")
     return chosen

@@ -26,6 +26,10 @@ from pythia_jax.model.parameters import Parameter, Params, items, map_parameters
 LARGEST = 127
 """-128 is left out, so that a matrix and its negative are quantised alike."""
 _FLOAT32 = np.dtype(np.float32)
+_NO_GRADIENTS = (
+    "the model is in int8, which there are no gradients by: take the checkpoint that it was made "
+    "from, or write it out in floats (pythia-jax convert MODEL DST)"
+)
 _DIGIT = 128
 """Base of the digits that `_by_digits` writes activations in."""
 
@@ -84,10 +88,7 @@ def shardings(params: Params, mesh: Mesh) -> Params:
 def check_floats(params: Params) -> None:
     """Raise ValueError for a model in int8: there are no gradients by whole numbers."""
     if any(isinstance(value, Quantized) for _, value in items(params)):
-        raise ValueError(
-            "the model is in int8, which there are no gradients by: take the checkpoint that it "
-            "was made from, or write it out in floats (pythia-jax convert MODEL DST)"
-        )
+        raise ValueError(_NO_GRADIENTS)
 
 
 def kernel(weight: Quantized | Array) -> Float[Array, "*layers in out"]:
@@ -103,9 +104,14 @@ def in_floats(
     """x and a kernel whose product in floats is what `matmul` gives: x is rounded as `dynamic`
     says."""
     if isinstance(weight, Quantized) and weight.dynamic:
-        whole, scale = _whole(x, LARGEST)
-        x = (whole * scale).astype(x.dtype)
+        x = _rounded(x)
     return x, kernel(weight)
+
+
+@jax.custom_jvp
+def _rounded(x: jax.Array) -> jax.Array:
+    whole, scale = _whole(x, LARGEST)
+    return (whole * scale).astype(x.dtype)
 
 
 def whole_rows(weight: Quantized) -> Quantized:
@@ -123,12 +129,15 @@ def rows(weight: Quantized, index: Int[Array, "*rows"]) -> Float[Array, "*rows i
     return (values * scale[..., None]).astype(weight.dtype)
 
 
+@jax.custom_jvp
 def matmul(x: Float[Array, "*rows in"], weight: Quantized) -> Float[Array, "*rows out"]:
     """`x @ W.T`, float32. W is exactly what is stored; x is rounded as `dynamic` says.
 
     Weight-only, x is rounded to 1 / 32512 of the largest in its row on CPUs, which multiply int8
     far faster than they widen it, and not at all elsewhere, where the compiler widens the weights
     on their way to the product.
+
+    Raises ValueError where it is differentiated: rounding has a derivative of 0.
     """
     flat = x.reshape(-1, x.shape[-1])
     if weight.dynamic:
@@ -180,3 +189,9 @@ def _whole(x: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
     scale = jnp.abs(x).max(axis=-1, keepdims=True) / most
     scale = jnp.where(scale == 0, 1, scale)
     return jnp.round(x / scale), jnp.where(jnp.isfinite(scale), scale, jnp.nan)
+
+
+@_rounded.defjvp
+@matmul.defjvp
+def _refused(primals: tuple, tangents: tuple) -> tuple:
+    raise ValueError(_NO_GRADIENTS)

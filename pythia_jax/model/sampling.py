@@ -44,22 +44,24 @@ def sampling(
 
     Raises ValueError for what cannot be.
     """
-    for name, holds, need in (
+    for name, value, holds, need in (
         (
             "temperature",
+            temperature,
             math.isfinite(temperature) and (temperature == 0 or temperature >= _COLDEST),
             f"0 (greedy), or finite and at least {_COLDEST:g}",
         ),
-        ("top_k", top_k is None or top_k >= 1, "at least 1"),
-        ("top_p", top_p is None or 0 < top_p <= 1, "more than 0 and at most 1"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "more than 0 and at most 1"),
         (
             "repetition_penalty",
+            repetition_penalty,
             math.isfinite(repetition_penalty) and repetition_penalty > 0,
             "more than 0, and finite; 1 is none",
         ),
     ):
         if not holds:
-            raise ValueError(f"{name} must be {need}")
+            raise ValueError(f"{name} must be {need}, and not {value}")
     penalty = None if repetition_penalty == 1 else repetition_penalty
     if temperature == 0:
         return Sampling(repetition_penalty=penalty)

@@ -432,14 +432,27 @@ def test_gradients_by_int8_are_refused_in_words(quantized) -> None:
     model = pj.load(quantized)
     tokens = random_tokens(TINY, 2, 9)
     key, metric = jax.random.key(0), pj.interp.token_loss()
+    zero = {"mlp_out": np.zeros((TINY.num_hidden_layers, 2, 8, TINY.hidden_size), np.float32)}
     for found in (
         lambda: pj.interp.per_example_gradients(model.params, tokens, TINY),
+        lambda: jax.grad(lambda taps: pj.loss(model.params, tokens, TINY, taps=taps))(zero),
         lambda: pj.interp.activation_gradients(model.params, tokens, TINY, metric, ["resid_post"]),
         lambda: pj.interp.hvp(model.params, tokens, TINY, model.params),
         lambda: pj.interp.hessian_top_eigenvalues(model.params, tokens, TINY, 1, 2, key),
     ):
         with pytest.raises(ValueError, match="model is in int8, which there are no gradients by"):
             found()
+
+
+def test_a_model_in_floats_is_not_written_over(theirs, quantized, tmp_path) -> None:
+    pj.save_hf(pj.load(theirs), tmp_path / "floats")
+    before = (tmp_path / "floats" / WEIGHTS).read_bytes()
+    with pytest.raises(FileExistsError, match="floats: holds a model in floats, whose place"):
+        pj.quantize(theirs, tmp_path / "floats", **HOW)
+    assert (tmp_path / "floats" / WEIGHTS).read_bytes() == before
+    for activations in ("dynamic", "float"):  # one in int8 is replaced
+        pj.quantize(theirs, tmp_path / "int8", activations=activations, **HOW)
+    assert (tmp_path / "int8" / WEIGHTS).read_bytes() == (quantized / WEIGHTS).read_bytes()
 
 
 def test_models_that_compute_otherwise_have_other_hashes(quantized, theirs, tmp_path) -> None:
