@@ -5,15 +5,14 @@
     python benchmarks/generate.py --sizes 70m --new-tokens 16 --repeats 1
     python benchmarks/generate.py --device gpu --sizes 70m,410m,1.4b
 
-One random model of each size, one set of random prompts, all of a length; no text ends before it
-is told to. Every implementation has a process of its own. On a CPU all are pinned to the same cores
-and take turns, one call each; on a GPU, whose memory each would take for itself, one process runs
-after the other. There are medians, of calls for all new tokens and for one alone: between them lie
-the steps of decoding, so `decode tokens/s` is of these, and `tokens/s` of the whole call, prompts
-included. Models are loaded, and programs compiled, before the clock starts. Peak memory is that of
-the process, imports and loading included (`at rest`: once the first call is over, without what
-loading alone took); on a GPU it is the device's. CTranslate2's models are converted beforehand, in
-processes of their own, and it is measured without torch, which it does not generate with.
+One random model of each size, random prompts of one length; no text ends before it is told to.
+Every implementation has a process of its own. On a CPU all are pinned to the same cores and take
+turns, one call each; on a GPU one process runs after the other, for each would take all memory.
+There are medians, of calls for all new tokens and for one alone: between them lie the steps of
+decoding, so `decode tokens/s` is of these, and `tokens/s` of the whole call, prompts included.
+Models are loaded, and programs compiled, before the clock starts. Peak memory is that of the
+process, imports and loading included (`at rest`: once the first call is over); on a GPU it is the
+device's. CTranslate2's models are converted beforehand, in processes of their own.
 
 Where a copy on the device has been timed, the bound is that every step reads all weights but the
 embedding once: the share of it that was reached stands beside the tokens/s of one row.
@@ -65,8 +64,7 @@ class Endless:
 
 
 def write_models(place: Path, size: str, prompt: int, rows: int) -> int:
-    """Folders `float32`, `int8` and `dynamic`, and prompts.npy; the bytes of the weights of the
-    first, without the embedding."""
+    """`float32`, `int8`, `dynamic`, prompts.npy; bytes of the first's weights but the embedding."""
     import jax
     import numpy as np
 
@@ -134,8 +132,7 @@ def in_torch(place: Path, name: str, device: str) -> Generate:
 
 
 def convert(place: Path, name: str) -> None:
-    """Write what CTranslate2 loads, `ctranslate2-KIND` and words.json: with torch and transformers,
-    so in a process that is not measured."""
+    """`ctranslate2-KIND` and words.json: with torch, so in a process that is not measured."""
     import ctranslate2  # type: ignore
     import numpy as np
     import transformers
@@ -156,8 +153,7 @@ def convert(place: Path, name: str) -> None:
 
 
 def in_ctranslate2(place: Path, name: str, device: str) -> Generate:
-    # It imports torch where there is one, and needs it to convert alone.
-    sys.modules["torch"] = None  # type: ignore
+    sys.modules["torch"] = None  # type: ignore  # which it imports where it can
     import ctranslate2  # type: ignore
 
     kind = CTRANSLATE2[name]
@@ -201,8 +197,7 @@ def memory(name: str, device: str) -> dict[str, float]:
     """MiB at most so far, and now."""
     if device == "gpu":
         return {"peak MiB": _device_peak(name), "at rest MiB": float("nan")}
-    # Kilobytes, but on macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # there bytes, else kilobytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -297,13 +292,16 @@ def measure(
             text=True,
         )
         for name in pythons.keys() & CTRANSLATE2.keys():
-            command = [pythons[name], os.path.abspath(__file__), "--place", str(place)]
-            subprocess.run(
-                [*command, "--convert", name],
-                env=of_process(name, "cpu"),
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
+            command = [
+                pythons[name],
+                os.path.abspath(__file__),
+                "--place",
+                place,
+                "--convert",
+                name,
+            ]
+            quiet = {"env": of_process(name, "cpu"), "stdout": subprocess.DEVNULL}
+            subprocess.run(command, check=True, **quiet)
         # On a GPU one after the other, else taking turns.
         groups = [[name] for name in pythons] if device == "gpu" else [list(pythons)]
         for group in groups:
@@ -354,9 +352,9 @@ def best(rows: dict[str, dict[str, float]], of: dict[str, Any]) -> float:
 
 
 def table(measured: dict[str, Any], copied: float | None) -> str:
+    columns = " | ".join((*COLUMNS, "of transformers", "of the bound"))
     lines = [
-        f"| size | rows | implementation | {' | '.join(COLUMNS)} | of transformers "
-        "| of the bound |",
+        f"| size | rows | implementation | {columns} |",
         "| --- | --: | --- | " + "--: | " * (len(COLUMNS) + 1) + "--: |",
     ]
     for size, found in measured.items():
@@ -376,8 +374,7 @@ def table(measured: dict[str, Any], copied: float | None) -> str:
 def share_of_bound(
     whole: int, batch: str, name: str, row: dict[str, float], copied: float | None
 ) -> float | None:
-    """Of the steps that the bandwidth allows at one row, those that were taken. whole: bytes of the
-    weights in float32."""
+    """Of the steps that the bandwidth allows at one row. whole: bytes of weights in float32."""
     if copied is None or batch != "1":
         return None
     width = {"bfloat16": 2, "int8": 1}.get(name.split(" x ")[0].split(", ")[1], 4)
@@ -388,30 +385,23 @@ def verdict(measured: dict[str, Any], device: str, copied: float | None) -> str:
     lines = []
     for size, found in measured.items():
         for batch, rows in found["batches"].items():
-            mine, theirs = best(rows, OURS), best(rows, TORCH)
-            if not theirs:
+            if not (theirs := best(rows, TORCH)):
                 continue
-            line = (
-                f"{size}, {batch} rows: ours, the fastest, {mine / theirs:.2f} times transformers"
-            )
-            line += f" (aim: {AIMS[device]:g})"
+            mine, own = best(rows, OURS), {n: row for n, row in rows.items() if n in OURS}
+            line = f"{size}, {batch} rows: ours, the fastest, {mine / theirs:.2f} times "
+            line += f"transformers (aim: {AIMS[device]:g})"
             for dtype in ("float32", "bfloat16"):
                 pair = [rows.get(f"{whose}, {dtype}") for whose in ("ours", "transformers")]
                 if pair[0] and pair[1]:
                     share = pair[0]["tokens/s"] / pair[1]["tokens/s"]
                     line += f"; in {dtype} both, {share:.2f} times"
-            if "CTranslate2, int8" in rows:
+            in_int8 = best({name: own[name] for name in own if "int8" in name}, OURS)
+            if in_int8 and "CTranslate2, int8" in rows:
                 other = rows["CTranslate2, int8"]["tokens/s"]
-                own = max(rows[n]["tokens/s"] for n in rows if n in OURS and "int8" in n)
-                line += f"; ours in int8 {own / other:.2f} times CTranslate2's int8"
-            shares = [
-                share
-                for name, row in rows.items()
-                if name in OURS
-                and (share := share_of_bound(found["bytes"], batch, name, row, copied)) is not None
-            ]
-            if shares:
-                line += f"; up to {max(shares):.2f} of the memory-bandwidth bound (aim: {SHARE:g})"
+                line += f"; ours in int8 {in_int8 / other:.2f} times CTranslate2's int8"
+            shares = [share_of_bound(found["bytes"], batch, *pair, copied) for pair in own.items()]
+            if known := [share for share in shares if share is not None]:
+                line += f"; up to {max(known):.2f} of the memory-bandwidth bound (aim: {SHARE:g})"
             lines.append(line)
     return "\n".join(lines)
 
@@ -438,7 +428,9 @@ def ctranslate2_version(venv: Path | None) -> str:
 @click.option("--repeats", default=3, show_default=True, help="timed calls of each")
 @click.option("--cores", default=2, show_default=True, help="CPU cores to pin all of them to")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
-@click.option("--only", default="", help="names in the table, with semicolons.  [default: all]")
+@click.option(
+    "--only", multiple=True, type=click.Choice([*OURS, *TORCH, *CTRANSLATE2]), help="may repeat"
+)
 @click.option("--ctranslate2", type=click.Path(path_type=Path), help="environment that has it")
 @click.option("--out", type=click.Path(path_type=Path), help="also write .json, or .md as printed")
 @click.option("--worker", hidden=True)
@@ -453,7 +445,7 @@ def main(
     repeats: int,
     cores: int,
     device: str,
-    only: str,
+    only: tuple[str, ...],
     ctranslate2: Path | None,
     out: Path | None,
     worker: str | None,
@@ -482,12 +474,7 @@ def main(
         if not python.exists():
             raise click.BadParameter(f"--ctranslate2 {ctranslate2}: there is no environment")
         pythons |= dict.fromkeys(CTRANSLATE2, os.path.abspath(python))
-    if only:
-        wanted = [name.strip() for name in only.split(";")]
-        unknown = [name for name in wanted if name not in pythons]
-        if unknown:
-            raise click.BadParameter(f"--only {unknown[0]!r} is none of {'; '.join(pythons)}")
-        pythons = {name: pythons[name] for name in wanted}
+    pythons = {name: python for name, python in pythons.items() if not only or name in only}
     allowed = sorted(os.sched_getaffinity(0))[:cores]
     os.sched_setaffinity(0, allowed)
     copied = bandwidth() if device == "gpu" else None

@@ -476,8 +476,7 @@ def test_bad_input_is_one_clear_error_and_no_text(
 
 
 ON_EIGHT = """
-import sys
-import jax
+import sys, jax
 from pythia_jax.cli import main
 assert jax.device_count() == 8
 main(sys.argv[1:])
@@ -491,9 +490,8 @@ def test_on_eight_devices_the_text_is_the_same(folder: Path, asked: Path, tmp_pa
 
     def on_eight(*words: object) -> str:
         command = [sys.executable, "-c", ON_EIGHT, "generate", *map(str, words), *cut]
-        return subprocess.run(
-            command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True
-        ).stdout
+        ran = subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE)
+        return ran.stdout.decode()
 
     assert on_eight(folder, "def f(") == done(folder, "def f(").stdout
     one, eight = tmp_path / "one.jsonl", tmp_path / "eight.jsonl"
