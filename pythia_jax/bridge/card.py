@@ -163,7 +163,7 @@ def _checkpoint(opened: Opened, config: Mapping[str, Any]) -> list[tuple[str, An
         ("Vocabulary, padding included", f"{shape.vocab_size:,}"),
         ("Positions", f"{shape.max_position_embeddings:,}"),
         ("Weights stored in", config["torch_dtype"]),
-        *([("Quantised", opened.facts["quantized"])] if "quantized" in opened.facts else []),
+        *([("Were rounded to", opened.facts["quantized"])] if "quantized" in opened.facts else []),
     ]
 
 

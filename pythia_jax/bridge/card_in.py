@@ -91,10 +91,10 @@ def _datasets(value: object) -> str | list[str] | None:
 def _told(text: str) -> dict[str, Any]:
     """What the tables in a card of ours say of the data, and of weights that were rounded."""
     rows = dict(
-        re.findall(r"^\| (Corpus|Deduplicated|Quantised) \| (.*) \|\r?$", text, re.MULTILINE)
+        re.findall(r"^\| (Corpus|Deduplicated|Were rounded to) \| (.*) \|\r?$", text, re.MULTILINE)
     )
     facts: dict[str, Any] = {}
-    for label, key in (("Corpus", "corpus"), ("Quantised", "quantized")):
+    for label, key in (("Corpus", "corpus"), ("Were rounded to", "quantized")):
         if rows.get(label, "unknown") != "unknown":
             facts[key] = re.sub(r"\\([|\\<])", r"\1", rows[label])
     if rows.get("Deduplicated") in ("yes", "no"):

@@ -169,7 +169,10 @@ def test_it_is_written_out_in_floats_again(quantized, tmp_path, dtype) -> None:
             (tmp_path / name / "config.json").read_text()
         )
         # It is still said that the weights were rounded.
-        assert "| Quantised | all matrices in int8" in (tmp_path / name / "README.md").read_text()
+        assert (
+            "| Were rounded to | all matrices in int8"
+            in (tmp_path / name / "README.md").read_text()
+        )
 
 
 def test_a_run_that_begins_from_it_begins_with_floats(quantized) -> None:
