@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pythia_jax import sharding
 from pythia_jax.configs import ModelConfig
 from pythia_jax.model.attention import exact
+from pythia_jax.model.quantize import LARGEST, whole_numbers
 
 AnyArray = Array | np.ndarray
 
@@ -114,12 +115,8 @@ def _stored(x: jax.Array, like: Cached) -> Cached:
     """`[…, head]` in what `like` is kept in."""
     if like.scale is None:
         return Cached(x.astype(like.values.dtype), None)
-    x = x.astype(jnp.float32)
-    scale = jnp.abs(x).max(axis=-1) / 127
-    scale = jnp.where(scale == 0, 1, scale)
-    # A slot that is not finite has no scale, so that nothing finite comes of it.
-    kept = jnp.where(jnp.isfinite(scale), scale, jnp.nan)
-    return Cached(jnp.round(x / scale[..., None]).astype(jnp.int8), kept)
+    whole, scale = whole_numbers(x, LARGEST)
+    return Cached(whole.astype(jnp.int8), scale[..., 0])
 
 
 def _placed(cached: Cached) -> Cached:

@@ -110,7 +110,7 @@ def in_floats(
 
 @jax.custom_jvp
 def _rounded(x: jax.Array) -> jax.Array:
-    whole, scale = _whole(x, LARGEST)
+    whole, scale = whole_numbers(x, LARGEST)
     return (whole * scale).astype(x.dtype)
 
 
@@ -165,7 +165,7 @@ def _by_digits(x: jax.Array, values: jax.Array, *, digits: int) -> jax.Array:
     Digits are rows of their own, so that one product reads the weights once. Sums are exact: of
     `in` summands of at most 127² each, up to 133,000 fit int32.
     """
-    whole, scale = _whole(x, LARGEST * _DIGIT ** (digits - 1))
+    whole, scale = whole_numbers(x, LARGEST * _DIGIT ** (digits - 1))
     high = jnp.round(whole / _DIGIT ** (digits - 1))
     parts = [high, whole - high * _DIGIT][:digits]
     # One row alone is multiplied without the integer instructions, and slower than two.
@@ -180,7 +180,7 @@ def _by_digits(x: jax.Array, values: jax.Array, *, digits: int) -> jax.Array:
     return (sums[: len(x)] * _DIGIT + sums[len(x) :]) * scale
 
 
-def _whole(x: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+def whole_numbers(x: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
     """Whole numbers up to `most` and a scale for each row of x, both float32.
 
     Of a row with a number that is not finite the scale is none, and so is what it multiplies.
